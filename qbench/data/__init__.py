@@ -1,0 +1,72 @@
+"""Data sets as one uint8 tensor on the device, augmented on whole batches; and a stream for sets too large for that."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from qbench.data.batches import AUGMENTATIONS, Batches
+from qbench.data.generated import digits, synthetic
+from qbench.data.sources import ORIGINALS, image_folder, original
+from qbench.data.splits import DataSet, Source, Split, Stream, draw
+from qbench.data.stream import STREAM_AUGMENTATIONS, StreamBatches, batches, imagenet
+from qbench.errors import UserError, unknown
+
+__all__ = ["Batches", "DataSet", "Source", "Split", "Stream", "StreamBatches", "batches", "load"]
+
+READERS: dict[str, Callable[[Mapping[str, Any]], tuple[Source, Source]]] = {
+    "digits": digits,
+    "synthetic": synthetic,
+    "image_folder": image_folder,
+    "imagenet": imagenet,
+    **dict.fromkeys(ORIGINALS, original),
+}
+
+
+def load(config: Mapping[str, Any]) -> DataSet:
+    """The data set that a `dataset` node describes; keys as in conf/dataset/*.yaml.
+
+    Errors: UserError for a name, file or number that does not fit.
+    """
+    if "name" not in config:
+        raise UserError(f"dataset.name is missing; available: {', '.join(sorted(READERS))}")
+    name = str(config["name"])
+    if name not in READERS:
+        raise unknown("data set", name, READERS)
+    config = {"root": "data", **config}
+    for key in ("classes", "channels", "size"):
+        if (value := config.get(key)) is not None and (not isinstance(value, int) or value < 1):
+            raise UserError(f"dataset.{key} must be a positive whole number or null, got {value!r}")
+    whole_train, whole_test = READERS[name](config)
+    train, test, val, checksum = draw(whole_train, whole_test, config)
+    classes = int(config.get("classes") or whole_train.labels.max() + 1)
+    channels, size = _shape(config, whole_train)
+    largest = int(max(whole_train.labels.max(), whole_test.labels.max()))
+    if largest >= classes:
+        raise UserError(f"dataset.classes={classes}, but {name} at {config.get('root')} holds {largest + 1} classes")
+    mean, std = _mean_std(config, whole_train, channels)
+    augment = str(config.get("augment") or "none")
+    allowed = STREAM_AUGMENTATIONS if isinstance(whole_train, Stream) else AUGMENTATIONS
+    if augment not in allowed:
+        raise UserError(f"dataset.augment must be one of {', '.join(allowed)} for {name}, got '{augment}'")
+    return DataSet(name, train, test, val, classes, channels, size, mean, std, augment, checksum)
+
+
+def _shape(config: Mapping[str, Any], train: Source) -> tuple[int, int]:
+    """(channels, size) of the images, which are what the configuration says where it says it."""
+    if isinstance(train, Stream):
+        return 3, train.size
+    shape = tuple(train.images.shape[1:])
+    asked = (config.get("channels") or shape[0], config.get("size") or shape[1], config.get("size") or shape[2])
+    if shape != asked:
+        raise UserError(f"dataset {config['name']}: the images are {shape} (channels, height, width), asked {asked}")
+    return shape[0], shape[1]
+
+
+def _mean_std(config: Mapping[str, Any], train: Source, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The configured mean and std, or those of the training pixels where they are null."""
+    mean, std = config.get("mean"), config.get("std")
+    if (mean is None or std is None) and isinstance(train, Split):
+        pixels = train.images.float().div_(255)
+        mean, std = pixels.mean((0, 2, 3)).tolist(), pixels.std((0, 2, 3)).clamp(min=1e-3).tolist()
+    if mean is None or std is None or len(mean) != channels or len(std) != channels or min(std) <= 0:
+        raise UserError(f"dataset.mean and dataset.std need {channels} values each, std positive; got {mean} and {std}")
+    return tuple(map(float, mean)), tuple(map(float, std))

@@ -1,0 +1,123 @@
+"""Parsed data sets, kept as one file of uint8 tensors each: parsing happens once, by one process."""
+
+import hashlib
+import io
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock
+
+from qbench.data.splits import Split
+from qbench.errors import UserError
+from qbench.files import atomic_write
+
+log = logging.getLogger(__name__)
+Splits = tuple[Split, Split]
+FORMAT = 1  # part of every key: raise it when the meaning of a file changes
+
+
+def cache_folder() -> Path:
+    """`QBENCH_CACHE`, or ~/.cache/qbench."""
+    return Path(os.environ.get("QBENCH_CACHE") or Path.home() / ".cache" / "qbench")
+
+
+def fingerprint(root: Path, names: Iterable[str] = ("",)) -> list[Any]:
+    """The resolved `root` and, of each file below it, [name, size, modification time]: changed by every ordinary edit.
+
+    Errors: UserError when a file is not there.
+    """
+    try:
+        stats = [(name, os.stat(os.path.join(root, name) if name else root)) for name in names]
+    except OSError as error:
+        raise UserError(
+            f"cannot read {error.filename}: {error.strerror}; set dataset.root to where the data lies"
+        ) from error
+    return [str(root.resolve()), *([name, stat.st_size, stat.st_mtime_ns] for name, stat in stats)]
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[bool]:
+    """Holds `path`.lock against other processes; yields False, after a warning, where its folder cannot be written."""
+    lock = FileLock(f"{path}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        log.warning(
+            "the cache folder %s cannot be used (%s); set QBENCH_CACHE to a writable folder", path.parent, error
+        )
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+def cached(name: str, key: Any, parse: Callable[[], Splits]) -> Splits:
+    """The (train, test) of `parse()`, in canonical order; from the cache where `key` (JSON values) was parsed before.
+
+    A damaged cache file is named in a warning and rebuilt. One process parses while others wait. A cache folder that
+    cannot be written costs a warning and a parse on each load.
+    """
+    digest = hashlib.sha256(json.dumps([FORMAT, key]).encode()).hexdigest()
+    path = cache_folder() / f"{name}-{digest[:16]}.tensors"
+    if (found := _read(path)) is not None:
+        return found
+    with locked(path) as writable:
+        if (found := _read(path, warn=False)) is not None:
+            return found
+        train, test = (canonical(split) for split in parse())
+        if writable:
+            try:
+                atomic_write(path, _pack(train, test))
+            except UserError as error:
+                log.warning("the parsed data set is not kept: %s", error)
+    return train, test
+
+
+def canonical(split: Split) -> Split:
+    """The split in the order of the SHA-256 of (label, pixels) of its images.
+
+    A folder, a zip and the original batches hold the same images in different orders. Sorted by content they are the
+    same tensors, so that checksums agree and a seed draws the same batches from each. A hash rather than the pixels or
+    the label, so that neighbours have nothing in common and every part of the split is a fair sample.
+    """
+    pairs = zip(split.labels.tolist(), split.images.numpy(), strict=True)
+    keys = [hashlib.sha256(b"%d " % label + image.tobytes()).digest() for label, image in pairs]
+    return split.take(torch.tensor(sorted(range(len(keys)), key=keys.__getitem__)))
+
+
+def _pack(train: Split, test: Split) -> bytes:
+    """The digests of both splits in hex, then their four arrays in NumPy's format."""
+    file = io.BytesIO()
+    file.write((train.digest + test.digest).encode())
+    for tensor in (train.images, train.labels, test.images, test.labels):
+        np.save(file, tensor.numpy())
+    return file.getvalue()
+
+
+def _read(path: Path, warn: bool = True) -> Splits | None:
+    """The splits in `path`, or None where it is missing or does not match its own digests."""
+    try:
+        with path.open("rb") as file:
+            digests = file.read(128).decode()
+            arrays = [torch.from_numpy(np.load(file, allow_pickle=False)) for _ in range(4)]
+        train, test = Split(*arrays[:2]), Split(*arrays[2:])
+        if train.digest + test.digest == digests:
+            return train, test
+        reason = "its checksum does not match"
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except Exception as error:  # whatever a damaged file makes NumPy and PyTorch raise
+        reason = str(error)
+    if warn:
+        log.warning("the cached data set %s is damaged (%s): ignored and built again", path, reason)
+    return None

@@ -1,0 +1,54 @@
+"""Data sets that need no file: scikit-learn's digits and a synthetic one."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from qbench.data.splits import Split, stratified
+from qbench.errors import UserError
+
+DIGITS_TEST = 360
+
+
+def digits(config: Mapping[str, Any]) -> tuple[Split, Split]:
+    """The 1,797 handwritten digits that come with scikit-learn: 1,437 train and 360 test images, drawn once.
+
+    Grey values 0..16 become 0..255; 8 x 8 pixels are upsampled to 16 x 16 by bilinear interpolation.
+    """
+    from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+
+    data, target = load_digits(return_X_y=True)
+    grey = torch.from_numpy(data).float().view(-1, 1, 8, 8) * (255 / 16)
+    images = F.interpolate(grey, scale_factor=2.0, mode="bilinear").round().to(torch.uint8)
+    whole = Split(images, torch.from_numpy(target).long())
+    order = stratified(whole.labels, seed=0)
+    return whole.take(order[DIGITS_TEST:].sort().values), whole.take(order[:DIGITS_TEST].sort().values)
+
+
+def synthetic(config: Mapping[str, Any]) -> tuple[Split, Split]:
+    """A learnable task from a seed: one smooth random pattern per class, and white noise on every image.
+
+    pixel = clip(127.5 + 64 * pattern[label] + 64 * noise * N(0, 1)) with patterns of unit variance: `noise` is the
+    noise-to-signal ratio of a pixel. Keys: train_size, test_size, classes, channels, size, seed, noise.
+
+    Errors: UserError on a number that is missing or below 1.
+    """
+    for key in ("train_size", "test_size", "classes", "channels", "size"):
+        if not isinstance(config.get(key), int) or config[key] < 1:
+            raise UserError(f"dataset.{key} must be a positive whole number, got {config.get(key)!r}")
+    classes, channels, size = config["classes"], config["channels"], config["size"]
+    random = np.random.default_rng(int(config.get("seed", 0)))
+    coarse = torch.from_numpy(random.standard_normal((classes, channels, 4, 4), dtype=np.float32))
+    patterns = F.interpolate(coarse, size=(size, size), mode="bilinear")
+    patterns = (patterns - patterns.mean((1, 2, 3), keepdim=True)) / patterns.std((1, 2, 3), keepdim=True)
+
+    def split(count: int) -> Split:
+        labels = torch.arange(count) % classes
+        noise = torch.from_numpy(random.standard_normal((count, channels, size, size), dtype=np.float32))
+        pixels = 127.5 + 64 * patterns[labels] + 64 * float(config.get("noise", 1.0)) * noise
+        return Split(pixels.clamp(0, 255).round().to(torch.uint8), labels)
+
+    return split(config["train_size"]), split(config["test_size"])

@@ -1,0 +1,50 @@
+"""Where and with how many threads a run computes."""
+
+import ctypes
+import os
+import sys
+
+import torch
+
+from qbench.errors import UserError
+
+
+def pick(device: str) -> torch.device:
+    """The device that `device=auto|cpu|cuda` means here.
+
+    Errors: UserError when a GPU was asked for and there is none.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device must be auto, cpu or cuda, got '{device}'")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "device=cuda, but torch sees no GPU (driver missing, or a CPU build of torch). Use device=cpu or device=auto."
+        )
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def set_threads(threads: int | None) -> int:
+    """Use `threads` CPU threads; None: OMP_NUM_THREADS if set (a parallel sweep sets 1), else every core we may use."""
+    if threads is not None and (not isinstance(threads, int) or threads < 1):
+        raise UserError(f"threads must be a whole number of at least 1, got {threads!r}")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or cores
+    torch.set_num_threads(count)
+    return count
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep large freed blocks instead of giving them back to the kernel.
+
+    A training step frees and takes the same 8 MB tensors again and again; by default each of them is mapped and unmapped,
+    page by page. The price: the process does not shrink before it ends. Only where the C library is glibc.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    libc = ctypes.CDLL(None)
+    if not (hasattr(libc, "mallopt") and hasattr(libc, "gnu_get_libc_version")):
+        return
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3
+    libc.mallopt(mmap_threshold, 1 << 30)
+    libc.mallopt(trim_threshold, (1 << 31) - 1)
+    libc.mallopt(top_pad, 256 << 20)

@@ -1,0 +1,126 @@
+"""What a paper's method is made of: rules, hooks and parameter groups."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Factory = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Which modules are touched, and how. The first rule that matches a module wins.
+
+    match: a glob on the module's name, or '@first' / '@last' among the modules of `kind`. kind: class names, '|' between them
+    (globs allowed). pair: class name of the module that consumes this one's output (conv + batch-norm); the factory in
+    `replace` then gets both. weight / input / output / error: factories called with (layer, site). replace: a factory called
+    with (module, 'replace') that makes the new module; the other
+    sites then sit on it. keep: leave it alone, with the reason shown in the manifest.
+    optional: matching nothing is no error.
+    """
+
+    match: str = "*"
+    kind: str = "Conv2d|Linear"
+    pair: str | None = None
+    weight: Factory | None = None
+    input: Factory | None = None
+    output: Factory | None = None
+    error: Factory | None = None
+    replace: Factory | None = None
+    keep: str | None = None
+    optional: bool = False
+
+    def __post_init__(self) -> None:
+        acts = any((self.weight, self.input, self.output, self.error, self.replace))
+        if acts == (self.keep is not None):
+            raise ValueError(
+                f"rule '{self.match}' ({self.kind}) must either quantize (weight, input, output, error, replace) or 'keep'"
+            )
+
+
+@dataclass
+class State:
+    """What a hook may see. `teacher` is the float parent (None with init=scratch)."""
+
+    model: nn.Module
+    generator: torch.Generator
+    steps: int = 0
+    step: int = 0
+    epoch: float = 0.0
+    steps_per_epoch: int = 1
+    training_share: float = 0.0  # of this phase, 0..1
+    teacher: nn.Module | None = None
+    optimizer: torch.optim.Optimizer | None = None
+    inputs: Tensor | None = None
+    labels: Tensor | None = None
+    logits: Tensor | None = None
+    lr_scale: float = 1.0  # the schedule's present learning rate divided by its highest
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+class Hook(nn.Module):
+    """A no-op at every point; a method overrides what it needs. A hook may own parameters, they are trained and saved."""
+
+    def after_calibrate(self, state: State) -> None: ...
+
+    def before_train(self, state: State) -> None: ...
+
+    def before_step(self, state: State) -> None: ...
+
+    def loss(self, state: State) -> Tensor | None:
+        """One more loss term, or None."""
+        return None
+
+    def after_backward(self, state: State) -> None: ...
+
+    def exchange(self, grads: list[Tensor]) -> None:
+        """See or change the gradients before they are averaged over worker processes."""
+
+    def after_step(self, state: State) -> None: ...
+
+    def eval_models(self, state: State) -> dict[str, nn.Module]:
+        """Further nets to evaluate, by name (an average, say)."""
+        return {}
+
+    def after_train(self, state: State) -> None: ...
+
+
+@dataclass(frozen=True)
+class Method:
+    """A paper's method, declared in conf/method/<name>.yaml.
+
+    w_bits / a_bits: what may be asked for, as {default, lo, hi, float, fractional} or {default, only: [..]}; 32 means float.
+    init: 'float' (start from the float parent) or 'scratch' in the short budgets; recipe: what budget=paper means;
+    budgets: what this method changes in the other budgets. needs: model options used unless the user chose otherwise.
+    """
+
+    name: str
+    title: str
+    family: str
+    arxiv: str | None = None
+    summary: str = ""
+    w_bits: dict[str, Any] = field(default_factory=dict)
+    a_bits: dict[str, Any] = field(default_factory=dict)
+    rules: Sequence[Rule] = ()
+    hooks: Sequence[Hook] = ()
+    param_groups: Sequence[dict[str, Any]] = ()
+    init: str = "float"
+    needs: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
+    budgets: dict[str, Any] = field(default_factory=dict)
+    check: str | None = None  # dotted path of a torch-free function (options, w_bits) that raises ValueError
+    unmoved: Sequence[str] = ()  # globs of parameters that may stand still for some steps, with the reason in the YAML
+
+    def __post_init__(self) -> None:
+        names = {f.name for f in fields(Rule)}
+        for i, rule in enumerate(self.rules):
+            if not isinstance(rule, Rule):
+                unknown = set(rule) - names
+                if unknown:
+                    raise ValueError(f"rule {i} of {self.name}: unknown key {sorted(unknown)}; allowed: {sorted(names)}")
+        rules = tuple(r if isinstance(r, Rule) else Rule(**r) for r in self.rules)
+        object.__setattr__(self, "rules", rules)
+

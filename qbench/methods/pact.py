@@ -1,0 +1,93 @@
+"""PACT: Parameterized Clipping Activation for Quantized Neural Networks (arXiv 1805.06085)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from qbench.quantizer import Codes, Quantizer, check_bits
+
+SMALLEST = 1e-3  # alpha is read as at least this: its decay may pull it to 0, and a step of 0 divides by 0
+PAPER = 10.0  # the initial alpha of the paper's Figure 2
+
+
+class _Clip(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, alpha: Tensor, n: int) -> Tensor:
+        a = alpha.clamp_min(SMALLEST)
+        above = x >= a
+        ctx.save_for_backward((x >= 0) ^ above, above)
+        return x.clamp_min(0).minimum(a).mul_(n / a).round_().mul_(a / n)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        inside, above = ctx.saved_tensors
+        g = grads[0]
+        return g * inside, (g * above).sum(), None
+
+
+class PACT(Quantizer):
+    """In place of a ReLU: a clipped ReLU whose clip alpha is learned, one per layer, quantized to 2^bits levels.
+
+    y = clip(x, 0, alpha); y_hat = round(y n / alpha) alpha / n, n = 2^bits - 1.
+    Gradient: dy_hat/dx = 1 for 0 <= x < alpha, else 0; dy_hat/dalpha = 1 for x >= alpha, else 0, summed over all x.
+    (Composing straight-through primitives would add round(x n / alpha) / n - x / alpha inside; the paper has 0 there.)
+    The L2 term on alpha is the optimizer's weight decay: alpha's parameter group says so. Any shape.
+
+    Departure: from a float net alpha starts at the clip of least squared error over the calibration images, because a
+    few epochs of fine-tuning do not bring the paper's 10 down. With init='scratch' it starts at 10 as in the paper.
+
+    Args:
+        bits: 1..16
+        alpha: initial clip, above 0; None: 10 with init='scratch', else calibrated
+        init: 'scratch', or anything else for a start from a float net
+
+    Raises:
+        ValueError: bits or alpha out of range
+
+    Reference: 1805.06085 Sec. 3, Eq. 1 to 3; Figure 2 for the initial value
+    """
+
+    signed = False
+
+    def __init__(
+        self, layer: nn.Module, site: str, *, bits: int, alpha: float | None = None, init: str | None = None
+    ) -> None:
+        super().__init__()
+        self.bits = check_bits(bits, 1, 16)
+        if alpha is not None and alpha <= 0:
+            raise ValueError(f"alpha must be above 0, got {alpha}")
+        self.calibrated = alpha is None and init != "scratch"
+        self.alpha = nn.Parameter(torch.tensor(PAPER if alpha is None else float(alpha)))
+        self._sample: list[Tensor] = []
+
+    def bypass(self, x: Tensor) -> Tensor:
+        return x.relu()
+
+    @torch.no_grad()
+    def calibrate(self, x: Tensor) -> None:
+        """Keep about 16384 values of the batch, an odd stride apart so that no row or column is favoured."""
+        if self.calibrated:
+            self._sample.append(x.flatten()[:: (x.numel() >> 14) | 1].float().relu())
+
+    @torch.no_grad()
+    def finish_calibration(self) -> None:
+        """Set alpha to the one of 64 fractions of the largest value that leaves the least squared error."""
+        if not self._sample:
+            return
+        x = torch.cat(self._sample)
+        self._sample = []
+        if (largest := x.max()) > 0:  # else no image excites this layer, and the paper's value stays
+            tries = largest * torch.linspace(1 / 64, 1, 64, device=x.device)
+            errors = [(_Clip.apply(x, a, self.levels - 1) - x).square_().sum() for a in tries]
+            self.alpha.copy_(tries[torch.stack(errors).argmin()])
+
+    def quantize(self, x: Tensor) -> Tensor:
+        return _Clip.apply(x, self.alpha, self.levels - 1)  # type: ignore[no-any-return]
+
+    def codes(self, x: Tensor) -> Codes:
+        """Codes 0..n with step alpha / n."""
+        step = self.alpha.detach().clamp_min(SMALLEST) / (self.levels - 1)
+        return Codes("affine", (self.quantize(x.detach().float()) / step).round().to(torch.int32), {"step": step})

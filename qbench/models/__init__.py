@@ -1,0 +1,1 @@
+"""Plain float networks: torch only, readable as graphs, nothing of quantization inside."""

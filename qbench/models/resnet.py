@@ -1,0 +1,126 @@
+"""ResNets for CIFAR, post-activation and pre-activation."""
+
+from torch import Tensor, nn
+
+from qbench.models.parts import Add, ShortcutA, check, conv, he_init, named, scaled
+
+
+def _shortcut(kind: str, before: int, after: int, stride: int) -> nn.Module:
+    if stride == 1 and before == after:
+        return nn.Sequential()  # identity that leaves no node in a traced graph
+    if kind == "A":
+        return ShortcutA(before, after, stride)
+    return nn.Sequential(conv(before, after, 1, stride), nn.BatchNorm2d(after))
+
+
+class Block(nn.Module):
+    """Two 3x3 convs: relu(bn(conv(relu(bn(conv(x))))) + shortcut(x)). (N, before, H, W) -> (N, after, H/s, W/s).
+
+    Reference: 1512.03385, figure 2
+    """
+
+    def __init__(self, before: int, after: int, stride: int, shortcut: str) -> None:
+        super().__init__()
+        self.conv1 = conv(before, after, 3, stride)
+        self.bn1 = nn.BatchNorm2d(after)
+        self.relu1 = nn.ReLU()
+        self.conv2 = conv(after, after, 3)
+        self.bn2 = nn.BatchNorm2d(after)
+        self.shortcut = _shortcut(shortcut, before, after, stride)
+        self.add = Add()
+        self.relu2 = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu1(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y))
+        return self.relu2(self.add(y, self.shortcut(x)))
+
+
+class PreactivationBlock(nn.Module):
+    """Two 3x3 convs behind their activations: conv(relu(bn(conv(a)))) + shortcut(x), with a = relu(bn(x)).
+
+    The shortcut starts at x, and at a where `share` is set: in the first block of the net, "right after conv1 and
+    before splitting into two paths", and where the shape changes, as in the authors' code.
+
+    Reference: 1603.05027, figure 4(e) and appendix
+    """
+
+    def __init__(self, before: int, after: int, stride: int, shortcut: str, share: bool) -> None:
+        super().__init__()
+        self.share = share
+        self.bn1 = nn.BatchNorm2d(before)
+        self.relu1 = nn.ReLU()
+        self.conv1 = conv(before, after, 3, stride)
+        self.bn2 = nn.BatchNorm2d(after)
+        self.relu2 = nn.ReLU()
+        self.conv2 = conv(after, after, 3)
+        self.shortcut = _shortcut(shortcut, before, after, stride)
+        self.add = Add()
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.relu1(self.bn1(x))
+        y = self.conv2(self.relu2(self.bn2(self.conv1(a))))
+        return self.add(y, self.shortcut(a if self.share else x))
+
+
+def _stage(before: int, after: int, stride: int, blocks: int, shortcut: str, preactivation: bool) -> nn.Sequential:
+    """`blocks` blocks, the first of which strides, changes the channels and, pre-activation, shares its activation."""
+    stage: list[nn.Module] = []
+    for i in range(blocks):
+        shape = (before, after, stride) if i == 0 else (after, after, 1)
+        stage.append(PreactivationBlock(*shape, shortcut, share=i == 0) if preactivation else Block(*shape, shortcut))
+    return nn.Sequential(*stage)
+
+
+class ResNetCIFAR(nn.Sequential):
+    """A 3x3 stem and three stages of 16, 32, 64 channels at full, half and quarter size; depth = 6n + 2 layers.
+
+    (N, channels, size, size) -> (N, classes). The `state_dict` keys of the post-activation net are the usual ones:
+    conv1, bn1, layer1.0.conv1, ..., fc.
+
+    Args:
+        channels: channels of an image
+        classes: classes to tell apart
+        size: side of an image in pixels, at least 8
+        depth: layers with weights: 20, 32, 44, 56, 110; any 6n + 2
+        width: multiplier of all channels
+        shortcut: where the shape changes, A: subsample and pad with zeros; B: 1x1 conv and batch-norm
+        preactivation: batch-norm and ReLU before each conv (and after the last block) instead of behind it; None is no
+
+    Raises:
+        ValueError: an argument out of its range
+
+    Reference: 1512.03385, section 4.2; 1603.05027 for the pre-activation form
+    """
+
+    def __init__(
+        self,
+        *,
+        channels: int,
+        classes: int,
+        size: int,
+        depth: int = 20,
+        width: float = 1.0,
+        shortcut: str = "A",
+        preactivation: bool | None = None,
+    ) -> None:
+        check(channels, classes, size, width, smallest=8)
+        if depth < 8 or (depth - 2) % 6:
+            raise ValueError(f"depth must be 6n + 2 (8, 14, 20, 32, 44, 56, 110, ...), got {depth}")
+        if shortcut not in ("A", "B"):
+            raise ValueError(f"shortcut must be A or B, got {shortcut!r}")
+        one, two, three = (scaled(c, width) for c in (16, 32, 64))
+        options = (depth - 2) // 6, shortcut, bool(preactivation)
+        stages = named(
+            layer1=_stage(one, one, 1, *options),
+            layer2=_stage(one, two, 2, *options),
+            layer3=_stage(two, three, 2, *options),
+        )
+        stem = named(conv1=conv(channels, one, 3))
+        if preactivation:
+            body = {**stem, **stages, **named(bn=nn.BatchNorm2d(three), relu=nn.ReLU())}
+        else:
+            body = {**stem, **named(bn1=nn.BatchNorm2d(one), relu1=nn.ReLU()), **stages}
+        head = named(pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=nn.Linear(three, classes))
+        super().__init__(named(**body, **head))
+        he_init(self)

@@ -1,0 +1,121 @@
+"""Straight-through primitives with explicit gradients.
+
+No gradient here comes from autograd of clamp or hardtanh: their value at a bound is a convention that differs between
+versions, and at two bits half of all codes lie on a bound. Every mask is written out.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0], None
+
+
+def straight_through(x: Tensor, value: Tensor) -> Tensor:
+    """Return `value`; the gradient goes to `x` unchanged (arXiv 1308.3432). Shapes: equal."""
+    return _StraightThrough.apply(x, value)  # type: ignore[no-any-return]
+
+
+def round(x: Tensor) -> Tensor:
+    """Round half to even; gradient 1."""
+    return straight_through(x, x.round())
+
+
+def floor(x: Tensor) -> Tensor:
+    """Round towards minus infinity; gradient 1."""
+    return straight_through(x, x.floor())
+
+
+def sign_value(x: Tensor) -> Tensor:
+    """+1 where x >= 0, else -1; no gradient. sign(0) is +1, unlike torch.sign."""
+    return torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
+
+
+def sign(x: Tensor) -> Tensor:
+    """+1 where x >= 0, else -1; gradient 1 everywhere (BinaryConnect's identity)."""
+    return straight_through(x, sign_value(x))
+
+
+class _SignClipped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, inclusive: bool) -> Tensor:
+        ctx.save_for_backward(x.abs() <= 1 if inclusive else x.abs() < 1)
+        return sign_value(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0] * ctx.saved_tensors[0], None
+
+
+def sign_clipped(x: Tensor, inclusive: bool = False) -> Tensor:
+    """sign(x) with gradient 1[|x| < 1], or 1[|x| <= 1] when `inclusive` (arXiv 1602.02830 Eq. 4)."""
+    return _SignClipped.apply(x, inclusive)  # type: ignore[no-any-return]
+
+
+class _Clip(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, lo: float, hi: float) -> Tensor:
+        ctx.save_for_backward((x >= lo) & (x <= hi))
+        return x.clamp(lo, hi)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0] * ctx.saved_tensors[0], None, None
+
+
+def clip(x: Tensor, lo: float, hi: float) -> Tensor:
+    """clip(x, lo, hi); gradient 1 on lo <= x <= hi (both bounds inside), else 0."""
+    return _Clip.apply(x, lo, hi)  # type: ignore[no-any-return]
+
+
+class _ScaleGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0] * ctx.scale, None
+
+
+def scale_grad(x: Tensor, scale: float) -> Tensor:
+    """Identity; the gradient is multiplied by `scale`."""
+    return _ScaleGrad.apply(x, scale)  # type: ignore[no-any-return]
+
+
+class _OnBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.function = function
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return ctx.function(grads[0]), None
+
+
+def on_backward(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """Identity; `function` is applied to the gradient (error quantization)."""
+    return _OnBackward.apply(x, function)  # type: ignore[no-any-return]
+
+
+def stochastic_round(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    """floor(x + u), u ~ U[0, 1): unbiased, E = x; no gradient of its own. The generator is explicit and checkpointed."""
+    return (x + torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype)).floor()

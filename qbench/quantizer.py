@@ -1,0 +1,134 @@
+"""What every quantizer is: a map onto a grid, with codes that can be stored."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def check_bits(bits: float, lo: int = 1, hi: int = 32, name: str = "bits") -> int:
+    """`bits` as an integer in lo..hi, or ValueError saying what was got and what is allowed."""
+    if isinstance(bits, bool) or not isinstance(bits, (int, float)) or bits != int(bits) or not lo <= bits <= hi:
+        raise ValueError(f"{name} must be a whole number in {lo}..{hi}, got {bits!r}")
+    return int(bits)
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> str:
+    """`value` if it is one of `choices`, else ValueError that lists them."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+    return value
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Integer codes and what turns them back into values.
+
+    kind 'affine':   values = (codes - zero) * step
+    kind 'codebook': values = codebook[codes]
+    kind 'planes':   values = sum_i coefficients[i] * planes[i]; codes has shape [q, *weight], entries -1 or +1
+    `scale` names the tensors that multiply, broadcastable to the weight's shape.
+    """
+
+    kind: str
+    codes: Tensor
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    def values(self) -> Tensor:
+        """The dequantized tensor, float32."""
+        if self.kind == "affine":
+            zero = self.tensors.get("zero", torch.zeros((), device=self.codes.device))
+            return (self.codes.float() - zero) * self.tensors["step"]
+        if self.kind == "codebook":
+            return self.tensors["codebook"][self.codes.long()]
+        return (self.codes.float() * self.tensors["coefficients"]).sum(0)
+
+
+class Quantizer(nn.Module, ABC):
+    """Maps a tensor onto a grid: `forward(x) -> x_hat`, same shape and dtype, computed in float32 under autocast too.
+
+    One class serves weights, inputs and errors. `enabled` (inputs and errors only) lets a hook delay quantization and lets
+    calibration run with float inputs; the checkpoint stores it with the module. `generator` is set by the trainer, for
+    quantizers that draw random numbers; they are deterministic in eval mode unless their paper evaluates stochastically.
+    """
+
+    bits: float
+    signed: bool = True
+    granularity: str = "per_tensor"
+    idempotent: bool = True  # quantizing a quantized tensor changes nothing; a paper whose map is not says so
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enabled = True
+        self.generator: torch.Generator | None = None
+
+    @abstractmethod
+    def quantize(self, x: Tensor) -> Tensor:
+        """Return x (float32) on the grid."""
+
+    def bypass(self, x: Tensor) -> Tensor:
+        """What happens instead while not `enabled`: the identity; ReLU where the quantizer stands in place of a ReLU."""
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.enabled:
+            return self.bypass(x)
+        return self.quantize(x.float()).to(x.dtype)
+
+    @torch.no_grad()
+    def calibrate(self, x: Tensor) -> None:  # noqa: B027 - nothing to do is the right default
+        """Set ranges from `x`: the weight, or one batch of calibration inputs (called once per batch)."""
+
+    @torch.no_grad()
+    def finish_calibration(self) -> None:  # noqa: B027
+        """Turn what `calibrate` collected over all batches into a range."""
+
+    def latent(self, weight: Tensor) -> Tensor:
+        """What is trained instead of `weight`; the default is the weight itself."""
+        return weight
+
+    def codes(self, x: Tensor) -> Codes:
+        """Codes of `x` (the latent, for weights). The default lists the distinct values as a codebook."""
+        book, index = torch.unique(self(x).detach().float(), return_inverse=True)
+        return Codes("codebook", index, {"codebook": book})
+
+    @property
+    def levels(self) -> int:
+        """The most distinct codes per scale group."""
+        return int(2**self.bits)
+
+    def stored_bits(self, weight: Tensor) -> tuple[float, float]:
+        """(bits of the codes, bits of scales and tables) that a packed file needs; `weight` is the latent.
+
+        Scales are counted as 32-bit floats: every parameter of the quantizer.
+        """
+        return weight.numel() * math.ceil(math.log2(self.levels)), 32.0 * sum(p.numel() for p in self.parameters())
+
+    def traces(self) -> dict[str, float]:
+        """Named scalars worth plotting over training: learned scales by default (their mean when per channel)."""
+        return {name: float(p.detach().float().mean()) for name, p in self.named_parameters(recurse=False)}
+
+    @classmethod
+    def quantize_all(cls, weights: Sequence[Tensor], quantizers: Sequence["Quantizer"]) -> list[Tensor]:
+        """Quantize all weights of a net that share this class; override where one pass serves all layers."""
+        return [q(w) for w, q in zip(weights, quantizers, strict=True)]
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"enabled": self.enabled}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.enabled = state["enabled"]
+
+    def describe(self) -> dict[str, Any]:
+        """One manifest entry: class, bits, levels, granularity, signedness."""
+        return {
+            "quantizer": type(self).__name__,
+            "bits": self.bits,
+            "levels": self.levels,
+            "granularity": self.granularity,
+            "signed": self.signed,
+        }

@@ -1,0 +1,451 @@
+"""config -> objects -> trainer -> result.json; the only caller of Hydra's instantiate."""
+
+import hashlib
+import importlib
+import inspect
+import json
+import re
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from filelock import FileLock, Timeout
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from torch import nn
+
+import qbench
+from qbench import checkpoint, device, files, plots, surgery, trainer
+from qbench.data import DataSet, batches, load
+from qbench.errors import UserError
+from qbench.hooks import Distill
+from qbench.layers import quantized_weights
+from qbench.method import Method
+from qbench.recipe import Recipe
+from qbench.recorder import Recorder
+from qbench.report import tell
+from qbench.resolve import digest, folder_name, identity, parent_of
+from qbench.screen import Screen
+
+# Float parents that travel with the repository, so that every run starts from the same nets.
+COMMITTED = Path(__file__).resolve().parent.parent / "docs" / "results" / "parents"
+
+
+@dataclass
+class Run:
+    """One run's place and identity, before anything is computed."""
+
+    config: dict[str, Any]
+    data: DataSet
+    folder: Path
+    key: str
+    identity: dict[str, Any]
+
+    @property
+    def method(self) -> str:
+        return str(self.config["method"]["name"])
+
+    def result(self) -> dict[str, Any] | None:
+        """The result of the finished run, or None."""
+        path = self.folder / "result.json"
+        if not path.is_file():
+            return None
+        try:
+            found = json.loads(path.read_text())
+        except ValueError as error:
+            raise UserError(f"{path} is corrupt ({error}); move the folder away to run again") from error
+        return dict(found)
+
+
+@contextmanager
+def clear_errors(what: str) -> Iterator[None]:
+    """A constructor's ValueError or TypeError, also through Hydra's wrapping, becomes a UserError."""
+    try:
+        yield
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, (ValueError, TypeError, UserError)):
+            raise UserError(f"{what}: {cause}") from error
+        raise
+    except ValueError as error:
+        raise UserError(f"{what}: {error}") from error
+
+
+def make_model(config: Mapping[str, Any], data: DataSet) -> nn.Module:
+    """The float net for this data set, initialised from the run's seed."""
+    options = {k: v for k, v in config["model"].items() if k != "name"}
+    checkpoint.seed_all(_seed(config["seed"], "init"))
+    with clear_errors(f"model={config['model']['name']}"):
+        model = instantiate(options, channels=data.channels, classes=data.classes, size=data.size, _convert_="all")
+    return model  # type: ignore[no-any-return]
+
+
+def make_method(config: Mapping[str, Any]) -> Method:
+    """The Method that the configuration declares."""
+    node = {k: v for k, v in config["method"].items() if v is not None}
+    with clear_errors(f"method={node['name']}"):
+        if "_target_" not in node:
+            return Method(**{"title": "", "family": "float", **node})
+        return instantiate(node, _convert_="all")  # type: ignore[no-any-return]
+
+
+def quantize(config: Mapping[str, Any], model: nn.Module, method: Method) -> dict[str, str]:
+    """Surgery with the method's rules; returns what was kept, and why."""
+    checkpoint.seed_all(_seed(config["seed"], "surgery"))
+    with clear_errors(f"method={method.name} on model={config['model']['name']}"):
+        return surgery.quantize(model, method.rules)
+
+
+def _seed(seed: int, phase: str) -> int:
+    return int(digest([seed, phase]), 16) % 2**31
+
+
+def prepare(config: dict[str, Any], data: DataSet | None = None) -> Run:
+    """Load the data and name the run's folder."""
+    data = load(config["dataset"]) if data is None else data
+    facts = {k: getattr(data, k) for k in ("name", "checksum", "augment", "mean", "std")}
+    init = config["init"]
+    if init == "float":
+        parent = parent_of(config)
+        init = "float " + digest(identity(parent, facts, "scratch"))
+    elif init != "scratch":
+        init = files.sha256_file(_checkpoint_file(init))
+    whole = identity(config, facts, init)
+    key = digest(whole)
+    return Run(config, data, Path(config["out"]) / folder_name(config, key), key, whole)
+
+
+def _checkpoint_file(name: str) -> Path:
+    path = Path(name)
+    path = path / "model.pt" if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"init={name}: neither 'scratch' nor 'float' nor a checkpoint file or run folder")
+    return path
+
+
+def execute(config: dict[str, Any], screen: Screen | None = None) -> dict[str, Any]:
+    """Do the run that `config` (resolved) describes, or say what it came to if it is done; returns its result."""
+    screen = screen or Screen()
+    device.keep_freed_memory()
+    if config["workers"] > 1:
+        from qbench.parallel import in_workers
+
+        return in_workers(config, config["workers"])
+    return _execute(prepare(config), screen)
+
+
+def _execute(run: Run, screen: Screen) -> dict[str, Any]:
+    found = run.result()
+    if found is None:
+        _make_folder(run.folder)
+        with _sole_owner(run.folder, screen):
+            found = run.result()
+            if found is None:
+                return _compute(run, screen)
+    screen.line(f"done before: {run.folder}")
+    if found.get("code") != code_hash(run.config):
+        screen.line(
+            f"  note: that result was made by other code (qbench {found.get('version')}); "
+            "move the folder away to compute it afresh"
+        )
+    return {**found, "reused": True}
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}. Choose another folder with out=DIR.") from error
+
+
+@contextmanager
+def _sole_owner(folder: Path, screen: Screen) -> Iterator[None]:
+    """Hold the folder's lock; the system frees it when its holder dies."""
+    if trainer.rank() > 0:
+        yield
+        return
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        screen.line(f"waiting: another process is at work in {folder}")
+        lock.acquire()
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}. Choose another folder with out=DIR.") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def float_parent(run: Run, screen: Screen) -> tuple[Path, dict[str, Any]]:
+    """(state file, result) of the float parent: a committed one, one trained before, or one trained now."""
+    parent = prepare(parent_of(run.config), run.data)
+    for folder in (COMMITTED / parent.folder.name, parent.folder):
+        done = replace(parent, folder=folder)
+        found = done.result()
+        if found is not None:
+            screen.line(f"float parent: {folder} ({found['accuracy_last']:.2f} %)")
+            return folder / "model.pt", found
+    screen.line(f"float parent: training it once, in {parent.folder}")
+    found = _execute(parent, screen)
+    return parent.folder / "model.pt", found
+
+
+def start_weights(run: Run, model: nn.Module, screen: Screen) -> float | None:
+    """Load what the run starts from into `model`; returns the float accuracy where it is known."""
+    init = run.config["init"]
+    if init == "scratch":
+        return None
+    if init == "float":
+        path, result = float_parent(run, screen)
+        accuracy = float(result["accuracy_last"])
+    else:
+        path, accuracy = _checkpoint_file(init), None
+        _check_data(path, run)
+    for line in checkpoint.load_weights(model, path):
+        screen.line(f"  {line}")
+    return accuracy
+
+
+def _check_data(path: Path, run: Run) -> None:
+    """Refuse a checkpoint of ours that was trained on other data (its test images may have been training images)."""
+    beside = path.parent / "result.json"
+    if beside.is_file():
+        theirs = json.loads(beside.read_text()).get("identity", {}).get("data", {}).get("checksum")
+        if theirs not in (None, run.data.checksum):
+            raise UserError(f"{path} was trained on other data than dataset={run.data.name} (or another split of it)")
+
+
+def _compute(run: Run, screen: Screen) -> dict[str, Any]:
+    config, data, started, code = run.config, run.data, time.monotonic(), code_hash(run.config)
+    place = device.pick(config["device"])
+    threads = device.set_threads(config["threads"])
+    method, recipe = make_method(config), Recipe(**config["train"])
+    model = make_model(config, data)
+    accuracy_float = start_weights(run, model, screen)
+    model.to(place, memory_format=_format(config))
+    tests = {"test": _batches(run, data.test, place, False)}
+    if data.val is not None:
+        tests["val"] = _batches(run, data.val, place, False)
+    if config["init"] not in ("scratch", "float"):
+        accuracy_float = trainer.evaluate(model, tests["test"], place, recipe.precision)[1]
+    teacher = _teacher(run, screen, place)
+    kept = quantize(config, model, method)
+    model.to(place)
+    writer = trainer.rank() == 0
+    resumed = _resume_step(run.folder)
+    recorder = Recorder(run.folder, resume_step=resumed, tensorboard=config["tensorboard"]) if writer else None
+    generator = torch.Generator(place).manual_seed(_seed(config["seed"], f"train {trainer.rank()}"))
+    loop = trainer.Trainer(
+        model,
+        method,
+        recipe,
+        _batches(run, data.train, place, True),
+        tests,
+        folder=run.folder,
+        recorder=recorder,
+        device=place,
+        generator=generator,
+        screen=screen,
+        hooks=[Distill(**config["distill"])] if config["distill"]["weight"] else [],
+        teacher=teacher,
+        compile=config["compile"],
+        checkpoint_seconds=config["checkpoint_seconds"],
+        phase=f"{method.name} training" if method.name != "float" else "float training",
+    )
+    before = _calibrated(run, loop, screen)
+    outcome = loop.train() if loop.total else trainer.Outcome(before, before, 0.0)
+    if not loop.total:
+        loop.record_histograms()
+    result = _summary(run, model, outcome)
+    result |= {"float_accuracy": accuracy_float, "accuracy_before_training": before, "threads": threads}
+    result |= {"code": code, "device": str(place), "seconds_total": round(time.monotonic() - started, 1)}
+    if method.name == "float":
+        result["float_accuracy"] = result["accuracy_last"]
+    if writer and recorder is not None:
+        _write(run, model, kept, recorder, result)
+        tell(run.folder, result, screen.line)
+    return result
+
+
+def _format(config: Mapping[str, Any]) -> torch.memory_format:
+    return torch.channels_last if config["channels_last"] else torch.contiguous_format
+
+
+def _batches(run: Run, split: Any, place: torch.device, train: bool, shared: bool = False) -> Any:
+    """Batches of a split; `shared`: every worker sees all of them (calibration)."""
+    data, config = run.data, run.config
+    recipe = config["train"]
+    return batches(
+        split,
+        batch_size=recipe["batch_size"] if train else max(256, recipe["batch_size"]),
+        mean=data.mean,
+        std=data.std,
+        augment=data.augment if train else "none",
+        shuffle=train,
+        drop_last=train,
+        seed=_seed(config["seed"], "order"),
+        device=place,
+        channels_last=config["channels_last"],
+        rank=0 if shared else trainer.rank(),
+        world=1 if shared else trainer.world(),
+    )
+
+
+def _teacher(run: Run, screen: Screen, place: torch.device) -> nn.Module | None:
+    """The float parent in eval mode, where distillation asks for it."""
+    if not run.config["distill"]["weight"]:
+        return None
+    teacher = make_model(run.config, run.data)
+    checkpoint.load_weights(teacher, float_parent(run, screen)[0])
+    return teacher.to(place, memory_format=_format(run.config)).eval().requires_grad_(False)
+
+
+def _calibrated(run: Run, loop: trainer.Trainer, screen: Screen) -> float | None:
+    """Calibrate, or restore the checkpoint; returns the accuracy before training (None from scratch)."""
+    note = run.folder / "before.json"
+    scratch = run.config["init"] == "scratch"
+    if loop.restore():
+        screen.line(f"resumed at step {loop.state.step} of {loop.total}")
+        return json.loads(note.read_text())["accuracy_before_training"]  # type: ignore[no-any-return]
+    data, recipe, seed = run.data, loop.recipe, run.config["seed"]
+    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(_seed(seed, "calibration")))
+    images = _batches(run, data.train.take(order[: recipe.calibration]), loop.device, False, shared=True)
+    checkpoint.seed_all(_seed(seed, "calibrate"))
+    trainer.calibrate(loop.model, images.epoch(0), loop.device, recipe.precision, scratch)
+    for hook in loop.own_hooks():
+        hook.after_calibrate(loop.state)
+    before = None
+    if not scratch:
+        before = trainer.evaluate(loop.model, loop.tests["test"], loop.device, recipe.precision)[1]
+        screen.line(f"calibrated only: {before:.2f} %")
+    if trainer.rank() == 0:
+        files.atomic_write(note, json.dumps({"accuracy_before_training": before}))
+    checkpoint.seed_all(_seed(seed, f"training {trainer.rank()}"))
+    return before
+
+
+def _resume_step(folder: Path) -> int | None:
+    path = folder / "checkpoint.pt"
+    return int(checkpoint.load(path)["step"]) if path.is_file() else None
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """SHA-256 over names and bytes of every tensor of the net."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if isinstance(tensor, torch.Tensor):
+            sha.update(name.encode() + tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+def code_hash(config: Mapping[str, Any]) -> str:
+    """Ten hex digits over the source of the core and of the modules that this run's configuration names."""
+    core = ("ops", "quantizer", "quantizers", "layers", "surgery", "hooks", "trainer", "recipe", "run")
+    names = {f"qbench.{name}" for name in core}
+    text = json.dumps([config["method"], config["model"]])
+    names |= {target.rpartition(".")[0] for target in re.findall(r'"_target_": "([^"]+)"', text)}
+    sources = []
+    for name in sorted(names):
+        with suppress(ImportError, OSError):
+            sources.append(inspect.getsource(importlib.import_module(name)))
+    return digest(sources)
+
+
+def _summary(run: Run, model: nn.Module, outcome: trainer.Outcome) -> dict[str, Any]:
+    config = run.config
+    result = {k: config[k] for k in ("budget", "w_bits", "a_bits", "seed", "protocol", "init")}
+    result |= {k: config[k]["name"] for k in ("method", "model", "dataset")}
+    result |= vars(outcome)
+    result |= surgery.size(model)
+    result |= {"weights_sha256": weights_sha256(model), "version": qbench.__version__, "torch": torch.__version__}
+    result |= {"precision": config["train"]["precision"], "key": run.key}
+    result |= {"identity": run.identity, "epochs": config["train"]["epochs"], "seconds": round(outcome.seconds, 1)}
+    return result
+
+
+def _write(run: Run, model: nn.Module, kept: dict[str, str], recorder: Recorder, result: dict[str, Any]) -> None:
+    """Everything a run leaves; result.json last, then the checkpoint goes."""
+    folder = run.folder
+    checkpoint.save(folder / "model.pt", model.state_dict())
+    manifest = surgery.manifest(model, kept)
+    files.atomic_write(folder / "manifest.json", json.dumps(manifest, indent=1))
+    files.atomic_write(folder / "config.yaml", yaml.safe_dump(json.loads(json.dumps(run.config)), sort_keys=False))
+    recorder.flush()
+    if run.config["train"]["steps"] != 0:
+        plots.curves(folder, result)
+    if any("quantizer" in entry for entry in manifest["weights"].values()):
+        plots.histograms(folder, result)
+    recorder.result(result)
+    recorder.close()
+    for name in ("checkpoint.pt", "before.json"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def rebuild(folder: Path, dataset: Mapping[str, Any] | None = None) -> tuple[Run, nn.Module]:
+    """The trained, quantized net of a finished run, and the run; `dataset` replaces keys of the run's data set."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{folder} is not a finished run: it has no config.yaml")
+    config = yaml.safe_load(path.read_text())
+    config["dataset"].update(dataset or {})
+    run = Run(config, load(config["dataset"]), folder, "", {})
+    model = make_model(config, run.data)
+    quantize(config, model, make_method(config))
+    state = checkpoint.load(folder / "model.pt")
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"{folder / 'model.pt'} does not fit {path}: {error}") from error
+    return run, model.eval()
+
+
+def evaluate(folder: Path, dataset: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], float, float]:
+    """Evaluate a finished run again: (its result, loss, accuracy in percent)."""
+    run, model = rebuild(folder, dataset)
+    place = device.pick(run.config["device"])
+    device.set_threads(run.config["threads"])
+    model.to(place, memory_format=_format(run.config))
+    tests = _batches(run, run.data.test, place, False)
+    loss, accuracy = trainer.evaluate(model, tests, place, run.config["train"]["precision"])
+    return run.result() or {}, loss, accuracy
+
+
+def plan(config: dict[str, Any]) -> dict[str, Any]:
+    """What a run would do: resolved configuration, manifest, steps and an estimate of its seconds; nothing is kept."""
+    run = prepare(config)
+    place = device.pick(config["device"])
+    device.set_threads(config["threads"])
+    model, method, recipe = make_model(config, run.data).to(place), make_method(config), Recipe(**config["train"])
+    parent = Recipe(**config["parent"])
+    kept = quantize(config, model, method)
+    model.to(place, memory_format=_format(config))
+    train = _batches(run, run.data.train, place, True)
+    x, y = next(iter(train.epoch(0)))
+    times = []
+    for _ in range(3):
+        start = time.monotonic()
+        with trainer.autocast(place, recipe.precision), quantized_weights(model.train()):
+            loss = trainer.criterion(recipe, model(x).float(), y)
+        loss.backward()  # type: ignore[no-untyped-call]
+        times.append(time.monotonic() - start)
+    steps = recipe.total_steps(len(train))
+    needs_parent = config["init"] == "float" and not any(
+        (folder / prepare(parent_of(config), run.data).folder.name / "result.json").is_file()
+        for folder in (COMMITTED, Path(config["out"]))
+    )
+    parent_steps = parent.total_steps(len(train)) if needs_parent else 0
+    return {
+        "config": config,
+        "manifest": surgery.manifest(model, kept),
+        "folder": str(run.folder),
+        "steps": steps,
+        "parent_steps": parent_steps,
+        "seconds": (steps + parent_steps) * min(times),
+    }

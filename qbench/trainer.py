@@ -1,0 +1,505 @@
+"""calibrate -> train -> evaluate: the only loop that trains a whole net."""
+
+import importlib
+import math
+import signal
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qbench import checkpoint
+from qbench.errors import UserError, unknown
+from qbench.layers import quant_layers, quantized_weights
+from qbench.method import Hook, Method, State
+from qbench.quantizer import Quantizer
+from qbench.recipe import Recipe
+from qbench.recorder import Recorder, layer_histogram
+from qbench.screen import Screen
+from qbench.surgery import activation_quantizers
+
+OPTIMIZERS = {
+    "sgd": "SGD",
+    "adam": "Adam",
+    "adamw": "AdamW",
+    "adamax": "Adamax",
+    "rmsprop": "RMSprop",
+    "adagrad": "Adagrad",
+    "adadelta": "Adadelta",
+}
+LOGS_PER_EPOCH = 10
+
+
+class Batches(Protocol):
+    """What the trainer needs of data: see qbench.data."""
+
+    def __len__(self) -> int: ...
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]: ...
+
+
+class Interrupted(Exception):
+    """Ctrl-C: the state was saved; the message says how to go on."""
+
+
+@dataclass
+class Outcome:
+    """What a training phase came to. Accuracies in percent on the test set; `best` was chosen on it, and is named so."""
+
+    accuracy_last: float | None = None
+    accuracy_best: float | None = None
+    epoch_best: float | None = None
+    val_best: float | None = None
+    accuracy_at_best_val: float | None = None
+    seconds: float = 0.0
+    extra: dict[str, float] = field(default_factory=dict)
+
+
+def rank() -> int:
+    """This process's place among the workers, 0 when alone."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """The number of worker processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """bf16 autocast where `precision` says so; quantizers compute in float32 all the same."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def calibrate(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device, precision: str, scratch: bool
+) -> None:
+    """Show every activation quantizer the calibration images, with quantized weights and float activations.
+
+    A net that was never trained has no batch-norm statistics: with `scratch` it runs on those of the batch, and its
+    buffers are put back afterwards.
+    """
+    quantizers = activation_quantizers(model)
+    if not quantizers:
+        return
+    handles = []
+    for q in quantizers.values():
+        q.enabled = False
+        handles.append(q.register_forward_pre_hook(lambda module, args: module.calibrate(args[0].detach().float())))
+    buffers = {name: b.clone() for name, b in model.named_buffers()} if scratch else {}
+    model.train(scratch)
+    with torch.no_grad(), autocast(device, precision), quantized_weights(model):
+        for x, _ in batches:
+            model(x)
+    for handle in handles:
+        handle.remove()
+    own = dict(model.named_buffers())
+    for prefix, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            for leaf in dict(module.named_buffers(recurse=False)):
+                name = f"{prefix}.{leaf}" if prefix else leaf
+                if name in buffers:
+                    own[name].copy_(buffers[name])
+    for q in quantizers.values():
+        q.finish_calibration()
+        q.enabled = True
+
+
+def evaluate(model: nn.Module, batches: Batches, device: torch.device, precision: str) -> tuple[float, float]:
+    """(mean cross-entropy, accuracy in percent) over all images, counted over all workers."""
+    model.eval()
+    totals = torch.zeros(3, dtype=torch.float64, device=device)
+    with torch.no_grad(), autocast(device, precision), quantized_weights(model):
+        for x, y in batches.epoch(0):
+            logits = model(x).float()
+            totals[0] += F.cross_entropy(logits, y, reduction="sum")
+            totals[1] += (logits.argmax(1) == y).sum()
+            totals[2] += len(y)
+    if dist.is_initialized():
+        dist.all_reduce(totals)
+    loss, correct, count = totals.tolist()
+    return loss / count, 100.0 * correct / count
+
+
+def parameter_groups(model: nn.Module, hooks: Sequence[Hook], method: Method, recipe: Recipe) -> list[dict[str, Any]]:
+    """Optimizer groups: the run's weight decay, none for parameters of quantizers, and what the method says.
+
+    Errors: ValueError when a method's pattern matches no parameter.
+    """
+    inside = {id(p) for m in model.modules() if isinstance(m, Quantizer) for p in m.parameters()}
+    used: set[int] = set()
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    named = [*model.named_parameters(), *((f"hook.{n}", p) for h in hooks for n, p in h.named_parameters())]
+    for name, p in named:
+        decay, scale = 0.0 if id(p) in inside else recipe.weight_decay, 1.0
+        for i, group in enumerate(method.param_groups):
+            if fnmatchcase(name, group["match"]):
+                used.add(i)
+                asked = group.get("weight_decay", decay)
+                decay, scale = (recipe.weight_decay if asked == "same" else float(asked)), group.get("lr_scale", 1.0)
+                break
+        groups.setdefault((decay, scale), []).append(p)
+    for i, group in enumerate(method.param_groups):
+        if i not in used and not group.get("optional"):
+            raise ValueError(f"parameter group '{group['match']}' of {method.name} matches none of: {[n for n, _ in named]}")
+    return [{"params": ps, "weight_decay": d, "lr_scale": s} for (d, s), ps in groups.items()]
+
+
+def make_optimizer(groups: list[dict[str, Any]], recipe: Recipe) -> torch.optim.Optimizer:
+    """The optimizer that the recipe names, from torch.optim or by its dotted path."""
+    if "." in recipe.optimizer:
+        module, _, name = recipe.optimizer.rpartition(".")
+        try:
+            cls = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise UserError(f"train.optimizer={recipe.optimizer} cannot be imported: {error}") from error
+        return cls(groups, lr=recipe.lr)  # type: ignore[no-any-return]
+    if recipe.optimizer not in OPTIMIZERS:
+        raise unknown("train.optimizer", recipe.optimizer, OPTIMIZERS)
+    cls = getattr(torch.optim, OPTIMIZERS[recipe.optimizer])
+    options: dict[str, Any] = {}
+    if recipe.optimizer == "sgd":
+        options = {"momentum": recipe.momentum, "nesterov": recipe.nesterov}
+    elif recipe.optimizer in ("adam", "adamw", "adamax"):
+        options = {"betas": tuple(recipe.betas)}
+    return cls(groups, lr=recipe.lr, **options)  # type: ignore[no-any-return]
+
+
+def criterion(recipe: Recipe, logits: Tensor, labels: Tensor) -> Tensor:
+    """The recipe's loss on float32 logits, mean over the batch.
+
+    squared_hinge: mean of max(0, 1 - t * y)^2 with targets t of -1 / +1 (arXiv 1511.00363, Sec. 3).
+    """
+    if recipe.loss == "squared_hinge":
+        target = F.one_hot(labels, logits.shape[1]).to(logits.dtype) * 2 - 1
+        return (1 - target * logits).clamp_min(0).square().mean()
+    return F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
+
+
+class Trainer:
+    """Trains one net by one recipe, from a checkpoint where there is one.
+
+    Everything that decides the next step is a pure function of the step number or is in the checkpoint, so that a run cut off
+    anywhere ends with the same weights as one that was not.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method,
+        recipe: Recipe,
+        train: Batches,
+        tests: Mapping[str, Batches],
+        *,
+        folder: Path,
+        recorder: Recorder | None,
+        device: torch.device,
+        generator: torch.Generator,
+        screen: Screen,
+        hooks: Sequence[Hook] = (),
+        teacher: nn.Module | None = None,
+        compile: bool = False,
+        checkpoint_seconds: float = 60,
+        phase: str = "train",
+    ) -> None:
+        self.model, self.method, self.recipe = model, method, recipe
+        self.train_batches, self.tests = train, tests
+        self.folder, self.recorder, self.device, self.screen = folder, recorder, device, screen
+        self.hooks = nn.ModuleList([*method.hooks, *hooks]).to(device)
+        self.net = torch.compile(model) if compile else model
+        self.compile, self.checkpoint_seconds, self.phase = compile, checkpoint_seconds, phase
+        self.steps_per_epoch = len(train)
+        self.total = recipe.total_steps(self.steps_per_epoch)
+        self.state = State(
+            model=model,
+            generator=generator,
+            steps=self.total,
+            steps_per_epoch=self.steps_per_epoch,
+            teacher=teacher,
+        )
+        for module in (*model.modules(), *self.hooks.modules()):
+            if isinstance(module, Quantizer):
+                module.generator = generator
+        self.outcome = Outcome()
+        self.optimizer = make_optimizer(parameter_groups(model, self.own_hooks(), method, recipe), recipe)
+        self.state.optimizer = self.optimizer
+        self.losses: list[Tensor] = []
+        self.correct = torch.zeros((), device=device)
+        self.seen = 0
+        self.started = self.saved = time.monotonic()
+        self.last_saved_step: int | None = None
+
+    def own_hooks(self) -> list[Hook]:
+        return [h for h in self.hooks if isinstance(h, Hook)]
+
+    @property
+    def checkpoint_path(self) -> Path:
+        """Where this run's state lies while it is unfinished."""
+        return self.folder / "checkpoint.pt"
+
+    def save(self) -> None:
+        """Write the checkpoint (rank 0; the random states of every worker are in it)."""
+        randoms: list[Any] = [None] * world()
+        mine = {"global": checkpoint.random_state(), "own": self.state.generator.get_state()}
+        if dist.is_initialized():
+            dist.all_gather_object(randoms, mine)
+        else:
+            randoms = [mine]
+        self.saved = time.monotonic()
+        self.last_saved_step = self.state.step
+        if rank() == 0:
+            elapsed = self.outcome.seconds + time.monotonic() - self.started
+            checkpoint.save(
+                self.checkpoint_path,
+                {
+                    "step": self.state.step,
+                    "model": self.model.state_dict(),
+                    "hooks": self.hooks.state_dict(),
+                    "optimizer": self.optimizer.state_dict(),
+                    "randoms": randoms,
+                    "outcome": {**vars(self.outcome), "seconds": elapsed},
+                    "running": [self.losses and torch.stack(self.losses).cpu(), self.correct.cpu(), self.seen],
+                },
+            )
+
+    def restore(self) -> bool:
+        """Continue from the checkpoint if there is one."""
+        if not self.checkpoint_path.is_file():
+            return False
+        content = checkpoint.load(self.checkpoint_path)
+        try:
+            self.model.load_state_dict(content["model"])
+            self.hooks.load_state_dict(content["hooks"])
+            self.optimizer.load_state_dict(content["optimizer"])
+            mine = content["randoms"][rank()]
+        except (KeyError, RuntimeError, ValueError, IndexError) as error:
+            raise UserError(f"{self.checkpoint_path} does not belong to this run: {error}") from error
+        self.state.step = self.last_saved_step = content["step"]
+        checkpoint.set_random_state(mine["global"])
+        self.state.generator.set_state(mine["own"])
+        self.outcome = Outcome(**content["outcome"])
+        losses, correct, self.seen = content["running"]
+        self.losses = list(losses.to(self.device).unbind()) if len(losses) else []
+        self.correct = correct.to(self.device)
+        return True
+
+    def train(self) -> Outcome:
+        """Run the phase to its end; returns what it came to."""
+        self.state.training_share = self.state.step / max(1, self.total)
+        if self.state.step == 0:
+            self._before_train()
+        self.started = time.monotonic()
+        spe = self.steps_per_epoch
+        every = max(1, round(self.recipe.evaluate_every * spe))
+        with self.screen.phase(self.phase, self.total, self.state.step) as view, self._interruptible():
+            while self.state.step < self.total:
+                epoch, start = divmod(self.state.step, spe)
+                for x, y in self.train_batches.epoch(epoch, start):
+                    self._step(x, y)
+                    step = self.state.step
+                    if step % max(1, spe // LOGS_PER_EPOCH) == 0 or step == self.total:
+                        note = self._log()
+                        view.advance(step, note)
+                    if step % every == 0 or step == self.total:
+                        self._evaluate(view)
+                    if self.stop:
+                        self._interrupt()
+                    if time.monotonic() - self.saved > self.checkpoint_seconds and world() == 1:
+                        self._save_finite()
+                    if step >= self.total:
+                        break
+                if world() > 1:
+                    self._save_finite()
+        for hook in self.own_hooks():
+            hook.after_train(self.state)
+        self.outcome.seconds += time.monotonic() - self.started
+        self.started = time.monotonic()
+        return self.outcome
+
+    def _before_train(self) -> None:
+        for hook in self.own_hooks():
+            hook.before_train(self.state)
+        self.record_histograms()
+
+    def _step(self, x: Tensor, y: Tensor) -> None:
+        state, recipe = self.state, self.recipe
+        state.lr_scale = recipe.lr_factor(state.step, self.total, self.steps_per_epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = recipe.lr * state.lr_scale * group["lr_scale"]
+        self.model.train()
+        for hook in self.own_hooks():
+            hook.before_step(state)
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.device)
+        for state.inputs, state.labels in zip(x.chunk(recipe.accumulate), y.chunk(recipe.accumulate), strict=True):
+            share = len(state.labels) / len(y)
+            total += share * self._forward_backward(share)
+        for hook in self.own_hooks():
+            hook.after_backward(state)
+        self._exchange()
+        if recipe.clip_grad:
+            nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip_grad)
+        self.optimizer.step()
+        state.step += 1
+        state.epoch = state.step / self.steps_per_epoch
+        state.training_share = state.step / self.total
+        for hook in self.own_hooks():
+            hook.after_step(state)
+        self.losses.append(total)
+
+    def _forward_backward(self, share: float) -> Tensor:
+        """Forward and backward of one micro-batch, `share` of the batch; its loss, detached."""
+        state = self.state
+        assert state.inputs is not None and state.labels is not None
+        with autocast(self.device, self.recipe.precision):
+            if self.compile:  # the compiled graph quantizes the weights itself
+                state.logits = self.net(state.inputs)
+            else:
+                with quantized_weights(self.model):
+                    state.logits = self.net(state.inputs)
+        assert state.logits is not None
+        loss = criterion(self.recipe, state.logits.float(), state.labels)
+        for hook in self.own_hooks():
+            extra = hook.loss(state)
+            loss = loss if extra is None else loss + extra
+        (loss * share).backward()  # type: ignore[no-untyped-call]
+        self.correct += (state.logits.argmax(1) == state.labels).sum()
+        self.seen += len(state.labels)
+        return loss.detach()
+
+    def _exchange(self) -> None:
+        """Average the gradients over the workers."""
+        if not dist.is_initialized():
+            return
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        for hook in self.own_hooks():
+            hook.exchange(grads)
+        flat = torch.cat([g.flatten() for g in grads])
+        dist.all_reduce(flat)
+        flat /= world()
+        for p, g in zip(parameters, flat.split([g.numel() for g in grads]), strict=True):
+            p.grad = g.view_as(p).clone()
+
+    def _log(self) -> str:
+        """Record the training loss since the last log; stop on a loss that is not finite."""
+        self._check_finite()
+        state = self.state
+        loss = float(torch.stack(self.losses).mean())
+        accuracy = 100.0 * float(self.correct) / max(1, self.seen)
+        self.losses, self.seen = [], 0
+        self.correct.zero_()
+        if self.recorder is not None:
+            self.recorder.scalars(
+                state.step,
+                state.epoch,
+                phase="train",
+                loss=loss,
+                accuracy=accuracy,
+                lr=self.recipe.lr * state.lr_scale,
+            )
+            traces = {
+                f"{name}.{key}": value
+                for name, m in [*self.model.named_modules(), *self.hooks.named_modules()]
+                if isinstance(m, Quantizer)
+                for key, value in m.traces().items()
+            }
+            if traces:
+                self.recorder.trace(state.step, state.epoch, traces)
+        return f"loss {loss:.3f}"
+
+    def _check_finite(self) -> None:
+        losses = torch.stack(self.losses).tolist() if self.losses else []
+        for i, loss in enumerate(losses):
+            if not math.isfinite(loss):
+                step = self.state.step - len(losses) + i + 1
+                good = (
+                    f"last good checkpoint: {self.checkpoint_path} (step {self.last_saved_step})"
+                    if self.last_saved_step is not None
+                    else "no checkpoint was written yet"
+                )
+                raise UserError(
+                    f"the loss of method={self.method.name} became {loss} at step {step} of {self.total}; {good}. "
+                    "Try a lower train.lr, train.clip_grad=1, or train.precision=fp32."
+                )
+
+    def _save_finite(self) -> None:
+        self._check_finite()
+        self.save()
+
+    def _evaluate(self, view: Any) -> None:
+        state, out = self.state, self.outcome
+        if dist.is_initialized():  # batch statistics differ between workers: all evaluate the first one's
+            for b in self.model.buffers():
+                dist.broadcast(b, 0)
+        scores: dict[str, float] = {}
+        for name, batches in self.tests.items():
+            loss, scores[name] = evaluate(self.model, batches, self.device, self.recipe.precision)
+            if self.recorder is not None:
+                self.recorder.scalars(state.step, state.epoch, phase=name, loss=loss, accuracy=scores[name])
+        for hook in self.own_hooks():
+            for name, net in hook.eval_models(state).items():
+                out.extra[name] = evaluate(net, self.tests["test"], self.device, self.recipe.precision)[1]
+        test = scores["test"]
+        out.accuracy_last = test
+        if out.accuracy_best is None or test > out.accuracy_best:
+            out.accuracy_best, out.epoch_best = test, state.epoch
+        if "val" in scores and (out.val_best is None or scores["val"] > out.val_best):
+            out.val_best, out.accuracy_at_best_val = scores["val"], test
+        self.record_histograms()
+        view.report(state.step, f"epoch {state.epoch:.4g}  test accuracy {test:.2f} %")
+
+    def record_histograms(self) -> None:
+        """Latent weights, quantized weights and code use of every quantized layer."""
+        if self.recorder is None:
+            return
+        layers: dict[str, Any] = {}
+        with torch.no_grad():
+            for name, layer in quant_layers(self.model):
+                q = layer.weight_quantizer
+                if q is not None:
+                    codes = q.codes(layer.weight)
+                    use = codes.codes if codes.kind != "planes" else _plane_codes(codes.codes)
+                    layers[name] = layer_histogram(layer.weight.detach(), q(layer.weight).detach(), use, q.levels)
+        if layers:
+            self.recorder.histograms(self.state.step, self.state.epoch, layers)
+
+    @contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """The first Ctrl-C asks the loop to stop after the step in hand; a second one stops at once."""
+        self.stop = False
+        try:
+            before = signal.getsignal(signal.SIGINT)
+            signal.signal(signal.SIGINT, self._on_interrupt)
+        except ValueError:  # not the main thread: whoever owns it handles Ctrl-C
+            yield
+            return
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _on_interrupt(self, number: int, frame: Any) -> None:
+        if self.stop:
+            raise KeyboardInterrupt
+        self.stop = True
+
+    def _interrupt(self) -> None:
+        self._save_finite()
+        raise Interrupted(
+            f"stopped at step {self.state.step} of {self.total}; everything is saved in {self.folder}. "
+            "The same command goes on from there."
+        )
+
+
+def _plane_codes(planes: Tensor) -> Tensor:
+    """Bit planes [q, ...] of -1 / +1 as one integer code per weight."""
+    bits = (planes > 0).long()
+    return sum((bits[i] << i for i in range(len(bits))), torch.zeros_like(bits[0]))
