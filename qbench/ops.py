@@ -118,4 +118,6 @@ def on_backward(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
 
 def stochastic_round(x: Tensor, generator: torch.Generator | None) -> Tensor:
     """floor(x + u), u ~ U[0, 1): unbiased, E = x; no gradient of its own. The generator is explicit and checkpointed."""
-    return (x + torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype)).floor()
+    low = x.floor()
+    u = torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    return low + (u >= 1 - (x - low))  # x + u itself would be rounded: a whole x of 16 bits would sometimes move up

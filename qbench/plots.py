@@ -102,6 +102,8 @@ def histograms(folder: Path, result: Mapping[str, Any] | None = None, *, dpi: in
         title += f"; {len(shown)} of {len(layers)} quantized layers, evenly chosen"
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
 
     columns = min(4, math.ceil(math.sqrt(len(shown))))
     rows = math.ceil(len(shown) / columns)
@@ -125,9 +127,9 @@ def histograms(folder: Path, result: Mapping[str, Any] | None = None, *, dpi: in
                 panels[0].set_xlabel("weight", labelpad=1)
                 panels[1].set_xlabel("code", labelpad=1)
         figure.align_ylabels()
-        drawn = [axes.get_legend_handles_labels() for axes in figure.axes]
-        unique = {label: handle for handles, labels in drawn for handle, label in zip(handles, labels, strict=True)}
-        figure.legend(unique.values(), unique.keys(), loc="lower center", ncols=2, numpoints=3)
+        stem = Line2D([], [], color="black", linewidth=0.9, marker="o", markersize=2.2)
+        names = ["latent weight", "quantized weight"]
+        figure.legend([Patch(facecolor=FILL, edgecolor=BLUE), stem], names, loc="lower center", ncols=2)
         return _save(figure, Path(folder) / "histograms.png", dpi, pdf)
 
 
@@ -141,7 +143,7 @@ def _records(folder: Path) -> list[dict[str, Any]]:
 def _result(folder: Path) -> dict[str, Any]:
     """What the run came to, or nothing while it is still going."""
     path = Path(folder) / RESULT
-    result: Mapping[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     return result
 
 
@@ -154,12 +156,12 @@ def _curve(records: Sequence[dict[str, Any]], phase: str, name: str) -> Curve:
 def _traces(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, Curve]]:
     """{kind: {layer: curve}} in layer order; the kind is the last word of a trace's name, with its site if it has one.
 
-    `layer1.conv1.weight.step` is the `weight step` of layer1.conv1.
+    `layer1.conv1.weight_quantizer.step`, or `layer1.conv1.weight.step`, is the `weight step` of layer1.conv1.
     """
     kinds: dict[str, dict[str, Curve]] = {}
     for record in records:
         for name, value in record.get("traces", {}).items():
-            words = name.replace("/", ".").split(".")
+            words = name.replace("/", ".").replace("_quantizer.", ".").split(".")
             length = 2 if len(words) > 1 and words[-2] in ("weight", "input", "output", "error", "grad") else 1
             layer = ".".join(words[:-length])
             x, y = kinds.setdefault(" ".join(words[-length:]), {}).setdefault(layer, ([], []))
@@ -256,13 +258,11 @@ def _draw_traces(axes: "Axes", kind: str, lines: dict[str, Curve]) -> None:
 
 def _legend(axes: "Axes") -> None:
     """A legend above the panel, where it hides nothing, of as many columns as fit its width."""
+    from numpy import array_split  # splits a list into columns as matplotlib does
+
     lengths = [len(str(label)) + 7 for label in axes.get_legend_handles_labels()[1]]
-
-    def letters(columns: int) -> int:
-        rows = math.ceil(len(lengths) / columns)
-        return sum(max(lengths[i : i + rows]) for i in range(0, len(lengths), rows))
-
-    columns = next((n for n in range(len(lengths), 1, -1) if letters(n) <= 84), 1)
+    tried = range(len(lengths), 1, -1)
+    columns = next((n for n in tried if sum(max(part) for part in array_split(lengths, n)) <= 80), 1)
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.2, columnspacing=1.2)
 
 
@@ -287,7 +287,7 @@ def _draw_values(axes: "Axes", layer: dict[str, Any]) -> None:
     latent, quantized = layer["latent"], layer["quantized"]
     if latent["counts"]:
         edges = _edges(latent)
-        axes.stairs(_relative(latent), edges, fill=True, color=FILL, label="latent weight")
+        axes.stairs(_relative(latent), edges, fill=True, color=FILL)
         axes.stairs(_relative(latent), edges, color=BLUE, linewidth=0.6)
     if quantized.get("values"):
         many = len(quantized["values"]) > 32
@@ -297,12 +297,11 @@ def _draw_values(axes: "Axes", layer: dict[str, Any]) -> None:
             linefmt="k-",
             markerfmt="k," if many else "ko",
             basefmt=" ",
-            label="quantized weight",
         )
         stems.stemlines.set_linewidth(0.4 if many else 0.9)
         stems.markerline.set_markersize(2.2)
     elif quantized["counts"]:
-        axes.stairs(_relative(quantized), _edges(quantized), color="black", linewidth=0.7, label="quantized weight")
+        axes.stairs(_relative(quantized), _edges(quantized), color="black", linewidth=0.7)
     axes.set_ylim(0, 1.1)
     axes.locator_params(axis="x", nbins=4)
     axes.set_yticks([0, 0.5, 1])
@@ -338,10 +337,15 @@ def _edges(histogram: dict[str, Any]) -> list[float]:
 
 
 def _save(figure: "Figure", path: Path, dpi: int, pdf: bool) -> Path:
-    for suffix in (".png", ".pdf") if pdf else (".png",):
-        buffer = io.BytesIO()
-        # Without the date of drawing equal records give equal bytes.
-        metadata = {"CreationDate": None} if suffix == ".pdf" else {}
-        figure.savefig(buffer, format=suffix[1:], dpi=dpi, metadata=metadata)
-        atomic_write(path.with_suffix(suffix), buffer.getvalue())
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    smaller = io.BytesIO()
+    Image.open(buffer).convert("RGB").quantize(256).save(smaller, format="png", dpi=(dpi, dpi), optimize=True)
+    atomic_write(path, smaller.getvalue())
+    if pdf:
+        page = io.BytesIO()
+        figure.savefig(page, format="pdf", metadata={"CreationDate": None})  # equal records give equal bytes
+        atomic_write(path.with_suffix(".pdf"), page.getvalue())
     return path

@@ -25,8 +25,8 @@ def grid(lo: Tensor, hi: Tensor, bounds: tuple[int, int], symmetric: bool) -> tu
     """(step, zero) of the grid that covers lo..hi with the codes `bounds`; value = (code - zero) * step.
 
     The range is widened to contain 0, and 0 is on the grid. Affine: step = (hi - lo) / (highest - lowest code),
-    zero = lowest - round(lo / step). Symmetric: zero = 0, step = max(|lo|, |hi|) / highest code. Where lo = hi = 0 (a dead
-    channel) every step represents the values; it is 1.
+    zero = lowest - round(lo / step). Symmetric: zero = 0, step = max(|lo|, |hi|) / highest code. Where lo = hi = 0 (a
+    dead channel) every step represents the values; it is 1.
 
     Reference: 1712.05877 Eq. 1 and 13; 1806.08342 Eq. 1-9
     """
@@ -67,8 +67,8 @@ def mse(
 ) -> tuple[Tensor, Tensor]:
     """The clipping with the least mean squared error of quantizing x, among shares of the whole range.
 
-    Starts at minmax; tries `candidates` shares 1/candidates .. 1 of both ends together, then, where the grid is affine, of
-    each end alone. Never worse than minmax. Memory: a few copies of x.
+    Starts at minmax; tries `candidates` shares 1/candidates .. 1 of both ends together, then, where the grid is affine,
+    of each end alone. Never worse than minmax. Memory: a few copies of x.
     """
     bounds = code_bounds(bits, symmetric, restricted)
 
@@ -77,12 +77,13 @@ def mse(
         return codes(x, step, zero).clamp_(*bounds).sub_(zero).mul_(step).sub_(x).square_().mean(-1)
 
     lo, hi = minmax(x)
-    lo, hi = lo.clamp_max(0), hi.clamp_min(0)
+    lo, hi = full_lo, full_hi = lo.clamp_max(0), hi.clamp_min(0)
     best = error(lo, hi)
+    shares = (torch.arange(candidates - 1, 0, -1) / candidates).tolist()
     for move_lo, move_hi in [(True, True)] if symmetric else [(True, True), (True, False), (False, True)]:
-        from_lo, from_hi = lo, hi
-        for share in (torch.arange(1, candidates, dtype=x.dtype) / candidates).flip(0).tolist():
-            try_lo, try_hi = from_lo * (share if move_lo else 1), from_hi * (share if move_hi else 1)
+        stay_lo, stay_hi = lo, hi
+        for share in [1.0, *shares]:
+            try_lo, try_hi = full_lo * share if move_lo else stay_lo, full_hi * share if move_hi else stay_hi
             found = error(try_lo, try_hi)
             better = found < best
             best = torch.where(better, found, best)
@@ -93,10 +94,10 @@ def mse(
 def kl(x: Tensor, bits: int, symmetric: bool = False, bins: int = 2048) -> tuple[Tensor, Tensor]:
     """Entropy calibration: the threshold T on |x| that loses the least information; returns max(lo, -T), min(hi, T).
 
-    For each T on the edge of one of `bins` bins: P is the histogram of |x| up to T with all that lies above put into the
-    last bin, Q the same histogram merged into the levels that a side of the grid has; T minimises KL(P || Q). Levels:
-    2^bits for values without a sign on an affine grid, else 2^(bits-1). At most 256 thresholds are tried. Wants many values
-    per row: a histogram of a few hundred says little. With as many levels as bins, T is the maximum.
+    For each T on the edge of one of `bins` bins: P is the histogram of |x| up to T with all that lies above put into
+    the last bin, Q the same histogram merged into the levels that a side of the grid has; T minimises KL(P || Q).
+    Levels: 2^bits for values without a sign on an affine grid, else 2^(bits-1). At most 256 thresholds are tried. Wants
+    many values per row: a histogram of a few hundred says little. With as many levels as bins, T is the maximum.
 
     Reference: S. Migacz, "8-bit inference with TensorRT", GTC 2017
     """

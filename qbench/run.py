@@ -153,7 +153,7 @@ def _execute(run: Run, screen: Screen) -> dict[str, Any]:
             f"  note: that result was made by other code (qbench {found.get('version')}); "
             "move the folder away to compute it afresh"
         )
-    return {**found, "reused": True}
+    return {**found, "reused": True, "folder": str(run.folder)}
 
 
 def _make_folder(folder: Path) -> None:
@@ -271,7 +271,7 @@ def _compute(run: Run, screen: Screen) -> dict[str, Any]:
     if writer and recorder is not None:
         _write(run, model, kept, recorder, result)
         tell(run.folder, result, screen.line)
-    return result
+    return {**result, "folder": str(run.folder)}
 
 
 def _format(config: Mapping[str, Any]) -> torch.memory_format:
@@ -415,6 +415,18 @@ def evaluate(folder: Path, dataset: Mapping[str, Any] | None = None) -> tuple[di
     tests = _batches(run, run.data.test, place, False)
     loss, accuracy = trainer.evaluate(model, tests, place, run.config["train"]["precision"])
     return run.result() or {}, loss, accuracy
+
+
+def evaluate_checkpoint(config: dict[str, Any], path: Path) -> tuple[float, float]:
+    """(loss, accuracy in percent) of a plain float state_dict on the test set that `config` names."""
+    run = Run(config, load(config["dataset"]), Path(), "", {})
+    place = device.pick(config["device"])
+    device.set_threads(config["threads"])
+    model = make_model(config, run.data)
+    for line in checkpoint.load_weights(model, path):
+        print(f"  {line}")
+    model.to(place, memory_format=_format(config))
+    return trainer.evaluate(model, _batches(run, run.data.test, place, False), place, config["train"]["precision"])
 
 
 def plan(config: dict[str, Any]) -> dict[str, Any]:

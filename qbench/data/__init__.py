@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from qbench.data.batches import AUGMENTATIONS, Batches
+from qbench.data.batching import AUGMENTATIONS, Batches
 from qbench.data.generated import digits, synthetic
 from qbench.data.sources import ORIGINALS, image_folder, original
 from qbench.data.splits import DataSet, Source, Split, Stream, draw

@@ -18,7 +18,7 @@ def digits(config: Mapping[str, Any]) -> tuple[Split, Split]:
 
     Grey values 0..16 become 0..255; 8 x 8 pixels are upsampled to 16 x 16 by bilinear interpolation.
     """
-    from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+    from sklearn.datasets import load_digits
 
     data, target = load_digits(return_X_y=True)
     grey = torch.from_numpy(data).float().view(-1, 1, 8, 8) * (255 / 16)

@@ -76,9 +76,10 @@ def _torchvision_split(config: Mapping[str, Any], train: bool, download: bool = 
         data = reader(str(root), download=download, **part)
     except Exception as error:  # of any kind: they all come from the network or from files that torchvision cannot read
         kinds = f", {root / name}.zip and {root / name}/train/<class>/*" if name in IN_FOLDERS else ""
+        why = " ".join(str(error).split())  # torchvision's own message may have many lines
         got = "could not be downloaded" if download else "is incomplete or damaged"
         raise UserError(
-            f"{name} {got} ({error}). Looked for {root / pattern}{kinds}. On a machine with network run "
+            f"{name} {got} ({why}). Looked for {root / pattern}{kinds}. On a machine with network run "
             f"python -c \"import torchvision; torchvision.datasets.{class_name}('data', download=True)\", "
             "copy its folder 'data' here, and set dataset.root=FOLDER or QBENCH_DATA."
         ) from error

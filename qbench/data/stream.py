@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from qbench.data.batches import Batches, Layout, Normalize, generator, order_of
+from qbench.data.batching import Batches, Layout, Normalize, generator, order_of
 from qbench.data.folders import find_images
 from qbench.data.splits import Source, Split, Stream
 from qbench.errors import UserError
@@ -34,8 +34,7 @@ def imagenet(config: Mapping[str, Any]) -> tuple[Stream, Stream]:
         )
     found = find_images(source)
     train, test = (
-        _stream(source, found.names[part], found.labels[part], config.get("size") or 224)
-        for part in ("train", "test")
+        _stream(source, found.names[part], found.labels[part], config.get("size") or 224) for part in ("train", "test")
     )
     return train, test
 

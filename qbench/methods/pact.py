@@ -47,7 +47,7 @@ class PACT(Quantizer):
     Raises:
         ValueError: bits or alpha out of range
 
-    Reference: 1805.06085 Sec. 3, Eq. 1 to 3; Figure 2 for the initial value
+    Reference: 1805.06085 Eq. 1 to 3; Figure 2 for the initial value
     """
 
     signed = False

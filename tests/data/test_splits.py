@@ -79,5 +79,5 @@ def test_validation_out_of_range(val: Any) -> None:
 
 @pytest.mark.parametrize("limit", [0, -3, 0.5, True, "all"])
 def test_examples_out_of_range(limit: Any) -> None:
-    with pytest.raises(UserError, match="dataset.test_examples must be null or a positive whole number"):
+    with pytest.raises(UserError, match=r"dataset.test_examples must be null or a positive whole number"):
         draw(a_split(), a_split(), {"test_examples": limit})

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qbench.data import Batches, Split
-from qbench.data.batches import crop_flip, pad_for
+from qbench.data.batching import crop_flip, pad_for
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
@@ -99,7 +99,7 @@ def test_resume_at_any_step_is_bit_identical(start: int, monkeypatch: pytest.Mon
     whole = list(make(a_split()).epoch(2))
     assert len(whole) == 6
     assert same(list(make(a_split()).epoch(2, start)), whole[start:])
-    monkeypatch.setattr("qbench.data.batches.CHUNK", 16)  # nor does the size of a chunk matter
+    monkeypatch.setattr("qbench.data.batching.CHUNK", 16 * 16 * 16)  # nor does the size of a chunk matter
     assert same(list(make(a_split()).epoch(2, start)), whole[start:])
 
 

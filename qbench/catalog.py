@@ -1,0 +1,72 @@
+"""What conf/ holds, read without Hydra or torch: names, one line each, where a paper is."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+GROUPS = ("method", "model", "dataset", "budget")
+FAMILIES = ("float", "ptq", "qat", "fixed-point", "binary", "flexor")
+
+
+def conf_folder() -> Path:
+    """conf/ beside the package (a checkout) or inside it (an installed wheel)."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "conf", package.parent / "conf"):
+        if (folder / "config.yaml").is_file():
+            return folder
+    raise FileNotFoundError(f"no conf/ in or beside {package}")
+
+
+def names(group: str) -> list[str]:
+    """What a configuration group offers, aliases included."""
+    return sorted(path.stem for path in (conf_folder() / group).glob("*.yaml"))
+
+
+def aliases() -> dict[str, str]:
+    """{alias: method} of the method files that only point to another one."""
+    found = {}
+    for name in names("method"):
+        head = (conf_folder() / "method" / f"{name}.yaml").read_text().splitlines()
+        target = [line.removeprefix("# alias:").strip() for line in head if line.startswith("# alias:")]
+        if target:
+            found[name] = target[0]
+    return found
+
+
+def methods() -> list[dict[str, Any]]:
+    """The `method` node of every method that is not an alias, by family."""
+    skip = aliases()
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    found = []
+    for name in names("method"):
+        if name not in skip:
+            found.append(yaml.load((conf_folder() / "method" / f"{name}.yaml").read_text(), loader)["method"])
+    return sorted(found, key=lambda m: (FAMILIES.index(m["family"]), m["name"]))
+
+
+def describe(group: str, name: str) -> str:
+    """The one-line description in a YAML's first lines (`# description:` or `description:`)."""
+    for line in (conf_folder() / group / f"{name}.yaml").read_text().splitlines():
+        text = line.lstrip("# ")
+        if text.startswith("description:"):
+            return text.removeprefix("description:").strip()
+    return ""
+
+
+def listing() -> str:
+    """What `qbench list` prints."""
+    lines = ["METHODS (method=)"]
+    family = None
+    for method in methods():
+        if method["family"] != family:
+            family = method["family"]
+            lines.append(f"  {family}")
+        paper = f"  [arXiv {method['arxiv']}]" if method.get("arxiv") else ""
+        lines.append(f"    {method['name']:<12} {method.get('summary', '')}{paper}")
+        lines.append(f"    {'':<12} {method['title']}")
+    lines.append("  aliases: " + ", ".join(f"{a} = {m}" for a, m in aliases().items()))
+    for group, title in (("model", "MODELS"), ("dataset", "DATA SETS"), ("budget", "BUDGETS")):
+        lines += ["", f"{title} ({group}=)"]
+        lines += [f"  {name:<14} {describe(group, name)}" for name in names(group)]
+    return "\n".join(lines)

@@ -1,0 +1,369 @@
+"""The command line: answers what needs no computing at once, hands runs and sweeps to Hydra. torch is imported by runs only."""
+
+import json
+import os
+import re
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qbench import catalog
+from qbench.errors import UserError, nearest, unknown
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+USAGE = """\
+qbench: run quantization papers, and set the published numbers beside your own.
+
+  qbench method=pact bits=4                       one run: float parent, calibrate, train, evaluate, draw
+  qbench -m method=pact,lsq bits=2,3,4 seed=0,1   a sweep: every combination, one table at the end
+  qbench list                                     methods, models, data sets, budgets
+  qbench table [DIR]                              the table of the results below DIR (outputs)
+  qbench eval RUN|CHECKPOINT [option=value ...]   evaluate again
+  qbench compare RUN RUN                          what differs in configuration and outcome
+
+Options, as name=value (conf/config.yaml holds all of them):
+  method= model= dataset= budget=       from the lists; budget: smoke, demo (default), short, paper
+  bits=4  bits=4/8  w_bits=  a_bits=    weights and activations, weights/activations, one of them
+  options.NAME=                         what the method offers beyond bits, e.g. options.n_tap=2 for flexor
+  train.NAME=  parent.NAME=             epochs, lr, batch_size, optimizer, schedule ... of training / of the float parent
+  init=scratch|float|CHECKPOINT         what the run starts from
+  dataset.root=DIR                      where the data lie
+  seed=  precision=fp32|bf16  device=auto|cpu|cuda  workers=  threads=  out=DIR
+  plan=true                             print configuration, manifest and time, and run nothing
+  debug=true                            show tracebacks
+  hydra/launcher=joblib                 (with -m) runs side by side, one thread each
+
+The same command again goes on where it was cut off, or says what came out.
+"""
+COMMANDS = ("list", "table", "eval", "compare", "help")
+SINGLE: list[int | BaseException] = []  # what a single run came to: hydra.main returns nothing, and prints errors its own way
+FLAGS_WITH_VALUE = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--package", "-p")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line; returns the exit status."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    debug = any(a.strip().lower() in ("debug=true", "debug=1") for a in args)
+    try:
+        return _dispatch(args)
+    except UserError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"qbench: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("qbench: stopped. The same command goes on from the last checkpoint.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        if debug:
+            raise
+        print(f"qbench: {_unexpected(error)}", file=sys.stderr)
+        return 1
+
+
+def _unexpected(error: BaseException) -> str:
+    if isinstance(error, OSError):
+        return f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+    return f"unexpected {type(error).__name__}: {error} (debug=true shows where)"
+
+
+def _dispatch(args: list[str]) -> int:
+    if not args or args[0] in ("help", "-h", "--help"):
+        print(USAGE)
+        return 0
+    if args[0] == "--version":
+        from qbench import __version__
+
+        print(f"qbench {__version__}")
+        return 0
+    if args[0] == "list":
+        print(catalog.listing())
+        return 0
+    if args[0] in ("table", "compare"):
+        return _table(args[1:]) if args[0] == "table" else _compare(args[1:])
+    if args[0] == "eval":
+        return _evaluate(args[1:])
+    if "=" not in args[0] and not args[0].startswith("-"):
+        raise unknown("command", args[0], COMMANDS)
+    return _hydra(args)
+
+
+def _table(args: list[str]) -> int:
+    from qbench import report
+
+    if len(args) > 1:
+        raise UserError(f"qbench table takes one folder, got {len(args)}")
+    results = report.read_results(Path(args[0] if args else "outputs"))
+    print(report.table(results))
+    return 0
+
+
+def _compare(args: list[str]) -> int:
+    from qbench import report
+
+    if len(args) != 2:
+        raise UserError(f"qbench compare takes two run folders, got {len(args)}")
+    print(report.compare(Path(args[0]), Path(args[1])))
+    return 0
+
+
+def _evaluate(args: list[str]) -> int:
+    if not args:
+        raise UserError("qbench eval takes a run folder or a checkpoint, and options for a plain checkpoint")
+    path, overrides = Path(args[0]), args[1:]
+    folder = path if path.is_dir() else path.parent
+    if not path.exists():
+        raise UserError(f"no such run or checkpoint: {path}")
+    if (folder / "config.yaml").is_file() and (path.is_dir() or path.name == "model.pt"):
+        root = [o.partition("=") for o in overrides]
+        strange = [key for key, _, _ in root if not key.startswith("dataset.")]
+        if strange:
+            raise UserError(f"a run is evaluated as it was trained; only dataset.* may be set, got {strange[0]}")
+        from qbench.run import evaluate
+
+        result, loss, accuracy = evaluate(folder, {k.removeprefix("dataset."): v for k, _, v in root})
+        print(f"{folder}: accuracy {accuracy:.2f} %, loss {loss:.4f} (recorded: {result.get('accuracy_last', 0):.2f} %)")
+        return 0
+    if path.is_dir():
+        raise UserError(f"{path} is not a finished run: it has no config.yaml")
+    config = resolve_overrides(["method=float", f"init={path}", *overrides])
+    from qbench.run import evaluate_checkpoint
+
+    loss, accuracy = evaluate_checkpoint(config, path)
+    print(f"{path}: accuracy {accuracy:.2f} %, loss {loss:.4f} (float {config['model']['name']})")
+    return 0
+
+
+def split(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(flags, overrides) of a command line."""
+    flags, overrides, rest = [], [], iter(args)
+    for arg in rest:
+        if arg.startswith("-"):
+            flags.append(arg)
+            if arg in FLAGS_WITH_VALUE:
+                flags.append(next(rest, ""))
+        else:
+            overrides.append(arg)
+    return flags, overrides
+
+
+def _compose(overrides: Sequence[str]) -> "DictConfig":
+    from hydra import compose, initialize_config_dir
+
+    with initialize_config_dir(str(catalog.conf_folder()), version_base="1.3"):
+        return compose("config", overrides=list(overrides))
+
+
+def resolve_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """The resolved configuration of one run, checked name by name; see qbench.resolve.resolve."""
+    from qbench.resolve import resolve
+
+    check(overrides)
+    return resolve(_compose(overrides))
+
+
+def check(overrides: Sequence[str], sweep: bool = False) -> None:
+    """Check the names in `overrides` and, of a sweep, its first cell; what is wrong is said with the nearest right name."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from qbench.resolve import NotApplicable, resolve
+
+    for text in overrides:
+        if "=" not in text and not text.startswith("~"):
+            raise UserError(f"'{text}' is not of the form name=value. Example: method=pact bits=4")
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        raise UserError(f"cannot read the command line: {str(error).splitlines()[0]}") from error
+    plain, groups, first = [], [], []
+    for p in parsed:
+        if p.is_sweep_override() and not sweep:
+            raise UserError(f"{p.input_line} has several values: add -m to run one after the other")
+        values = list(p.sweep_string_iterator()) if p.is_sweep_override() else [p.get_value_element_as_str()]
+        if p.key_or_group in catalog.GROUPS and not p.is_delete() and p.package is None:
+            for value in values:
+                if value not in catalog.names(p.key_or_group):
+                    raise unknown(p.key_or_group, value, catalog.names(p.key_or_group))
+            groups.append(f"{p.key_or_group}={values[0]}")
+        elif not (p.is_add() or p.is_force_add() or p.is_delete() or p.key_or_group.startswith("hydra")):
+            plain.append(p.key_or_group)
+        first.append(f"{p.input_line.partition('=')[0]}={values[0]}" if p.is_sweep_override() else p.input_line)
+    _check_names(plain, groups)
+    try:
+        config = _compose([f for f in first if not f.startswith("hydra")])
+        resolve(config)
+    except NotApplicable:
+        if not sweep:
+            raise
+    except (HydraException, OmegaConfBaseException) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"cannot put the configuration together: {reason}") from error
+
+
+def _check_names(keys: Sequence[str], groups: Sequence[str]) -> None:
+    """Every key must exist in the configuration of these groups."""
+    from omegaconf import OmegaConf
+
+    config = _compose(groups)
+    known: list[str] = []
+
+    def walk(node: Any, prefix: str) -> None:
+        for key in node:
+            known.append(f"{prefix}{key}")
+            value = None if OmegaConf.is_missing(node, key) else node._get_node(key)
+            if OmegaConf.is_dict(value) and not value._is_none() and not value._is_interpolation():
+                walk(value, f"{prefix}{key}.")
+
+    walk(config, "")
+    for key in keys:
+        if key in known or key in catalog.GROUPS or re.sub(r"[.\[]\d+\]?", "", key) in known:
+            continue
+        inner = [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]]
+        hint = inner[0] if inner else nearest(key, known) or nearest(key.rpartition(".")[2], catalog.GROUPS)
+        method = next((g for g in groups if g.startswith("method=")), "method=pact")
+        options = [k for k in known if k.startswith("options.")]
+        more = f" Options of {method}: {', '.join(options) or 'none'}." if "options" in key or not hint else ""
+        raise UserError(
+            f"unknown option '{key}'."
+            + (f" Did you mean '{hint}'?" if hint else "")
+            + more
+            + " All options: conf/config.yaml and qbench --help."
+        )
+
+
+def _hydra(args: list[str]) -> int:
+    flags, overrides = split(args)
+    sweep = any(f in ("-m", "--multirun") for f in flags)
+    own_conf = any(f in ("--config-dir", "-cd") for f in flags)
+    if not own_conf:
+        check(overrides, sweep)
+    import hydra
+
+    run: Callable[[], Any] = hydra.main(config_path=str(catalog.conf_folder()), config_name="config", version_base="1.3")(
+        job
+    )
+    sys.argv = ["qbench", *args]
+    if not sweep:
+        run()
+        outcome = SINGLE.pop() if SINGLE else 0
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+    with tempfile.TemporaryDirectory(prefix="qbench-sweep-") as folder:
+        os.environ["QBENCH_SWEEP"] = folder
+        try:
+            run()
+        finally:
+            del os.environ["QBENCH_SWEEP"]
+            status = _sweep_table(Path(folder))
+    return status
+
+
+def job(config: "DictConfig") -> int | float:
+    """One run, for Hydra: the exit status alone, the objective (test accuracy of the last epoch) in a sweep."""
+    from qbench.resolve import NotApplicable, resolve
+
+    folder = os.environ.get("QBENCH_SWEEP")
+    debug = bool(config.debug)
+    if folder is None:
+        try:
+            SINGLE.append(_one(resolve(config)))
+        except BaseException as error:
+            SINGLE.append(error)
+        return 0
+    from hydra.core.hydra_config import HydraConfig
+
+    at = HydraConfig.get()
+    note: dict[str, Any] = {"overrides": list(at.overrides.task), "status": "done"}
+    print(f"\n[{at.job.num + 1}] {' '.join(note['overrides'])}", flush=True)
+    try:
+        resolved = resolve(config)
+        from qbench.run import execute
+
+        note["result"] = execute(resolved)
+        if note["result"].get("reused"):
+            print(f"  skipped, done before: {note['result']['accuracy_last']} %")
+    except NotApplicable as error:
+        note |= {"status": "n/a", "error": str(error)}
+    except Exception as error:
+        from qbench.trainer import Interrupted
+
+        if isinstance(error, Interrupted):
+            print(f"qbench: {error}", file=sys.stderr)
+            raise KeyboardInterrupt from error
+        if debug:
+            traceback.print_exc()
+        text = str(error) if isinstance(error, UserError) else _unexpected(error)
+        note |= {"status": "failed", "error": text}
+    if note["status"] != "done":
+        print(f"  {note['status']}: {note['error']}", flush=True)
+    from qbench.files import atomic_write
+
+    atomic_write(Path(folder) / f"{at.job.num:05d}.json", json.dumps(note))
+    return float((note.get("result") or {}).get("accuracy_last") or float("nan"))
+
+
+def _one(config: dict[str, Any]) -> int:
+    """A single run; returns the exit status."""
+    if config["plan"]:
+        from qbench.run import plan
+
+        _print_plan(plan(config))
+        return 0
+    from qbench.report import tell
+    from qbench.run import execute
+    from qbench.trainer import Interrupted
+
+    try:
+        result = execute(config)
+    except Interrupted as error:
+        print(f"qbench: {error}", file=sys.stderr)
+        return 130
+    if result.get("reused"):
+        tell(Path(result["folder"]), result, print)
+    return 0
+
+
+def _print_plan(plan: dict[str, Any]) -> None:
+    import yaml
+
+    from qbench.screen import clock
+
+    print(yaml.safe_dump(json.loads(json.dumps(plan["config"])), sort_keys=False))
+    for site in ("weights", "activations", "errors"):
+        for name, entry in plan["manifest"][site].items():
+            what = entry.get("why") or entry.get("part_of") or f"{entry.get('levels')} levels, {entry.get('granularity')}"
+            print(f"{site:<12} {name:<40} {entry.get('bits', 32):>5} bits  {what}")
+    size = plan["manifest"]["size"]
+    print(f"\n{size['bits_per_weight']:.2f} bits per quantized weight, {size['bytes']:,} bytes in all")
+    print(f"folder: {plan['folder']}")
+    parent = f" + {plan['parent_steps']} for the float parent" if plan["parent_steps"] else ""
+    print(f"{plan['steps']} steps{parent}: about {clock(plan['seconds'])} of training on this machine")
+
+
+def _sweep_table(folder: Path) -> int:
+    """Print the table of a sweep; 0 when nothing failed."""
+    from qbench import report
+
+    notes = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    others = [[" ".join(n["overrides"]), n["status"]] for n in notes if n["status"] != "done"]
+    print()
+    print(report.table([n["result"] for n in notes if n["status"] == "done"], others))
+    failed = [n for n in notes if n["status"] == "failed"]
+    for n in failed:
+        print(f"failed: {' '.join(n['overrides'])}: {n['error']}", file=sys.stderr)
+    skipped = sum(bool(n.get("result", {}).get("reused")) for n in notes)
+    missing = sum(n["status"] == "n/a" for n in notes)
+    print(f"\n{len(notes)} runs: {len(notes) - len(failed) - missing} done ({skipped} of them before), ", end="")
+    print(f"{len(failed)} failed, {missing} not applicable")
+    return 1 if failed else 0

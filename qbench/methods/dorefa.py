@@ -1,0 +1,99 @@
+"""DoReFa-Net, activations and gradients (arXiv 1606.06160); its weights are qbench.quantizers.DoReFaWeight."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from qbench.quantizer import Codes, Quantizer, check_bits, check_choice
+
+
+class _Bounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, n: int, bound: str) -> Tensor:
+        if bound == "abs":
+            slope = x.sign().masked_fill_(x.abs() > 1, 0).to(torch.int8)
+            y = x.abs().clamp_max_(1)
+        else:
+            slope = (x >= 0) & (x <= 1)
+            y = x.clamp(0, 1)
+        ctx.save_for_backward(slope)
+        return y.mul_(n).round_().div_(n)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0] * ctx.saved_tensors[0], None, None
+
+
+class DoReFaActivation(Quantizer):
+    """In place of a ReLU: x bounded to [0, 1], then on 2^bits levels: x_hat = round(n h(x)) / n, n = 2^bits - 1.
+
+    h(x) = clip(x, 0, 1), or min(1, |x|). Gradient: 1 on 0 <= x <= 1, else 0; for min(1, |x|) sign(x) on |x| <= 1 (0 at
+    0), else 0. One bit gives 0 and 1 (not -1 and +1); round(0.5) is 0. Any shape.
+
+    Args:
+        bits: 1..16
+        bound: 'clip', or 'abs' for the min(1, |x|) of the authors' SVHN script
+
+    Raises:
+        ValueError: an argument out of its range
+
+    Reference: 1606.06160 Eq. 5, Sec. 2.4
+    """
+
+    signed = False
+
+    def __init__(self, layer: nn.Module, site: str, *, bits: int, bound: str = "clip") -> None:
+        super().__init__()
+        self.bits = check_bits(bits, 1, 16)
+        self.bound = check_choice("bound", bound, ("clip", "abs"))
+
+    def bypass(self, x: Tensor) -> Tensor:
+        return x.relu()
+
+    def quantize(self, x: Tensor) -> Tensor:
+        return _Bounded.apply(x, self.levels - 1, self.bound)  # type: ignore[no-any-return]
+
+    def codes(self, x: Tensor) -> Codes:
+        """Codes 0..n with step 1 / n."""
+        n = self.levels - 1
+        codes = (self.quantize(x.detach().float()) * n).round().to(torch.int32)
+        return Codes("affine", codes, {"step": torch.tensor(1 / n, device=x.device)})
+
+
+class DoReFaError(Quantizer):
+    """The gradient of a conv's output on 2^bits levels per image, with noise of one level: unbiased.
+
+    g_hat = 2 m (Q(g / (2 m) + 1/2 + u / n) - 1/2), m = max|g| over all axes except the batch, Q(r) = round(n r) / n,
+    n = 2^bits - 1, u ~ U(-1/2, 1/2) in training and 0 in eval mode. r is clipped to [0, 1] after the noise, as in the
+    authors' code. No level is 0: a zero in an image whose m is not 0 becomes +-m / n; an image whose m is 0 stays 0.
+
+    Args:
+        bits: 1..16
+
+    Raises:
+        ValueError: bits out of range
+
+    Reference: 1606.06160 Sec. 2.5
+    """
+
+    granularity = "per_image"
+
+    def __init__(self, layer: nn.Module, site: str, *, bits: int) -> None:
+        super().__init__()
+        self.bits = check_bits(bits, 1, 16)
+
+    def quantize(self, x: Tensor) -> Tensor:
+        return self.codes(x).values()
+
+    def codes(self, x: Tensor) -> Codes:
+        """Codes 0..n, zero n/2, and one step of 2 m / n per image."""
+        x, n = x.detach().float(), self.levels - 1
+        m = x.abs().amax(dim=tuple(range(1, x.dim())), keepdim=True)
+        z = (x / m.clamp_min(torch.finfo(x.dtype).tiny)).add_(1).mul_(n / 2)
+        if self.training:
+            z += torch.rand(x.shape, generator=self.generator, device=x.device, dtype=x.dtype).sub_(0.5)
+        codes = z.clamp_(0, n).round_()
+        return Codes("affine", codes, {"step": m * (2 / n), "zero": torch.tensor(n / 2, device=x.device)})

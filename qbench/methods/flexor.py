@@ -1,0 +1,227 @@
+"""FleXOR: weights decoded from fewer stored bits by a fixed network of XOR gates. Reference: arXiv 2009.04126"""
+
+import math
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from qbench import ops, xor_spec
+from qbench.layers import QuantLayer, quant_layers
+from qbench.method import Hook, State
+from qbench.quantizer import Codes, Quantizer, check_choice
+from qbench.xor_spec import XorSpec
+
+MODES = ("flexor", "ste", "analog")
+
+
+def wiring_tensor(spec: XorSpec) -> Tensor:
+    """M as zeros and ones, float [q, n_out, n_in]."""
+    matrix = torch.zeros(spec.q, spec.n_out, spec.n_in)
+    for plane in range(spec.q):
+        for r, row in enumerate(xor_spec.wiring(spec, plane)):
+            matrix[plane, r, list(row)] = 1.0
+    return matrix
+
+
+class _Decode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, matrix: Tensor, surrogate: bool) -> Tensor:
+        with torch.autocast(u.device.type, enabled=False):  # the counts of ones must be exact
+            bits = (u >= 0).to(u.dtype)
+            ones = bits @ matrix.mT
+        y = 2 * (ones - 2 * (ones * 0.5).floor()) - 1
+        ctx.save_for_backward(u, bits, y, matrix)
+        ctx.surrogate = surrogate
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        u, bits, y, matrix = ctx.saved_tensors
+        # parity times the product of the other signs is y_r * sign(u_i): every factor is its own inverse
+        grad = ((grads[0] * y) @ matrix).mul_(2 * bits - 1)
+        if ctx.surrogate:  # 1 - tanh^2(u) = 4 p (1 - p) with p = sigmoid(2u), which is three times faster than tanh
+            p = torch.sigmoid(2 * u)
+            grad.mul_(p * (1 - p)).mul_(4)
+        return grad, None, None
+
+
+def decode(x: Tensor, s: Tensor | float, matrix: Tensor, mode: str = "flexor") -> Tensor:
+    """The weight bits y = M b over GF(2) of the stored bits b = 1[x >= 0], with 1 as +1 and 0 as -1.
+
+    In every mode y_r = (-1)^(n-1) * prod_{j in T_r} sign(x_j) for the n inputs T_r of gate r. The gradient dy_r/dx_i is
+      flexor: s * (1 - tanh^2(s * x_i)) * (-1)^(n-1) * prod_{j != i} sign(x_j)      only the input itself is softened
+      ste:    (-1)^(n-1) * prod_{j != i} sign(x_j)                                  identity through each sign
+      analog: s * (1 - tanh^2(s * x_i)) * (-1)^(n-1) * prod_{j != i} tanh(s * x_j)  all inputs are softened
+    The analog scheme is ambiguous in the paper; hard bits forward is the reading that trains.
+
+    x: [q, slices, n_in], matrix: [q, n_out, n_in] -> [q, slices, n_out]. `s` gets no gradient.
+    Reference: arXiv 2009.04126, Eq. 2-6 and Fig. 5
+    """
+    if mode == "ste":
+        return _Decode.apply(x, matrix, False)  # type: ignore[no-any-return, no-untyped-call]
+    u = x * s
+    if mode == "flexor":
+        return _Decode.apply(u, matrix, True)  # type: ignore[no-any-return, no-untyped-call]
+    factors = torch.where(matrix.bool().unsqueeze(1), u.tanh().unsqueeze(2), 1.0)
+    parity = 2 * torch.remainder(matrix.sum(-1), 2) - 1
+    soft = factors.prod(-1) * parity.unsqueeze(1)
+    return ops.straight_through(soft, _Decode.apply(u.detach(), matrix, True))  # type: ignore[no-untyped-call]
+
+
+class FleXOR(Quantizer):
+    """W = sum_i alpha_i * y_i, where the bits y_i of plane i are decoded from encrypted weights x (the latent).
+
+    The latent [q, slices, n_in], slices = ceil(weights / n_out), is drawn anew from N(0, std^2): the paper trains from
+    scratch, and the float weight is not used. Codes of the last slice beyond the weight are dropped. Weights are cut
+    into slices in PyTorch's order [out, in, k, k]; the paper's is [k, k, in, out], which changes only which weights
+    share a slice. alpha is learned, one per output channel and plane. `s` (S_tanh) is a 0-dim buffer that `Sharpness`
+    anneals. The wiring follows from `matrix_seed`, so `stored_bits` leaves it out; it would take q * n_out * n_in bits
+    per net.
+
+    bits: stored bits per weight, q * n_in / n_out. For n_in, n_out, n_tap, q, matrix, stage see `xor_spec.make`.
+    alpha: initial value, or `he` for sqrt(2 / fan_in), which nets without batch-norm need.
+
+    Errors: ValueError on any of these arguments.
+    Reference: arXiv 2009.04126, Sec. 2-4
+    """
+
+    granularity = "per_channel"
+    idempotent = False  # the latent is not a weight
+    s: Tensor
+    matrix: Tensor
+
+    def __init__(
+        self,
+        layer: QuantLayer,
+        site: str,
+        *,
+        bits: float,
+        n_in: int | Sequence[int] | None = None,
+        n_out: int = 20,
+        n_tap: int | None = 2,
+        q: int | None = None,
+        matrix: str = "random",
+        matrix_seed: int = 0,
+        stage: int | None = None,
+        mode: str = "flexor",
+        alpha: float | str = 0.2,
+        s: float = 10.0,
+        std: float = 1e-3,
+    ) -> None:
+        super().__init__()
+        self.spec = xor_spec.make(
+            bits, n_in=n_in, n_out=n_out, n_tap=n_tap, q=q, matrix=matrix, seed=matrix_seed, stage=stage
+        )
+        self.mode = check_choice("mode", mode, MODES)
+        if not s > 0 or not std > 0:
+            raise ValueError(f"s and std must be above 0, got s={s!r}, std={std!r}")
+        self.bits, self.std = self.spec.bits, std
+        self.shape = tuple(layer.weight.shape)
+        if alpha == "he":
+            alpha = math.sqrt(2 / math.prod(self.shape[1:]))
+        if isinstance(alpha, str) or not alpha > 0:
+            raise ValueError(f"alpha must be a number above 0 or 'he', got {alpha!r}")
+        ones = torch.ones(self.spec.q, self.shape[0], *[1] * (len(self.shape) - 1))
+        self.alpha = torch.nn.Parameter(alpha * ones)
+        self.register_buffer("s", torch.tensor(float(s)))
+        self.register_buffer("matrix", wiring_tensor(self.spec))
+
+    def latent(self, weight: Tensor) -> Tensor:
+        # seeded by the float weight: it differs from layer to layer and follows the run's seed, whatever the order
+        generator = torch.Generator().manual_seed(
+            zlib.crc32(weight.detach().float().cpu().contiguous().numpy().tobytes())
+        )
+        slices = math.ceil(math.prod(self.shape) / self.spec.n_out)
+        drawn = torch.randn(self.spec.q, slices, self.spec.n_in, generator=generator)
+        return (self.std * drawn).to(weight.device)
+
+    def planes(self, decoded: Tensor) -> Tensor:
+        """Decoded slices [q, slices, n_out] as planes of the weight's shape [q, *weight]; the surplus is dropped."""
+        return decoded.flatten(1)[:, : math.prod(self.shape)].view(self.spec.q, *self.shape)
+
+    def quantize(self, x: Tensor) -> Tensor:
+        return (self.planes(decode(x, self.s, self.matrix, self.mode)) * self.alpha).sum(0)
+
+    @classmethod
+    def quantize_all(cls, weights: Sequence[Tensor], quantizers: Sequence[Quantizer]) -> list[Tensor]:
+        """All layers of an equal spec are decoded in one pass over their slices."""
+        groups: dict[tuple[XorSpec, str], list[int]] = {}
+        for i, one in enumerate(quantizers):
+            groups.setdefault((one.spec, one.mode), []).append(i)  # type: ignore[arg-type, index]
+        hats: dict[int, Tensor] = {}
+        for (_, mode), members in groups.items():
+            qs: list[FleXOR] = [quantizers[i] for i in members]  # type: ignore[misc]
+            slices = [weights[i].shape[1] for i in members]
+            s = torch.cat([q.s.expand(n) for q, n in zip(qs, slices, strict=True)]).unsqueeze(1)
+            decoded = decode(torch.cat([weights[i].float() for i in members], 1), s, qs[0].matrix, mode)
+            for i, q, part in zip(members, qs, torch.split(decoded, slices, 1), strict=True):
+                hats[i] = (q.planes(part) * q.alpha).sum(0)
+        return [hats[i] for i in range(len(quantizers))]
+
+    def codes(self, x: Tensor) -> Codes:
+        """The decoded bits as planes of -1 and +1, with alpha as coefficients."""
+        with torch.no_grad():
+            planes = self.planes(decode(x.float(), self.s, self.matrix))
+        return Codes("planes", planes.to(torch.int8), {"coefficients": self.alpha.detach()})
+
+    @property
+    def levels(self) -> int:
+        return int(2**self.spec.q)
+
+    def stored_bits(self, weight: Tensor) -> tuple[float, float]:
+        return float(weight.numel()), 32.0 * self.alpha.numel()
+
+    def traces(self) -> dict[str, float]:
+        return {"alpha": float(self.alpha.detach().mean()), "s_tanh": float(self.s)}
+
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | xor_spec.facts(self.spec) | {"mode": self.mode}
+
+
+class Sharpness(Hook):
+    """Anneal S_tanh of all FleXOR quantizers; a pure function of the share t of the training done.
+
+    S(t) = s * (1/2 + 1/2 * min(1, t / warmup)) * 2^(number of `doublings` <= t); warmup=0 leaves out the first factor.
+    The paper doubles S where the learning rate drops (150 and 175 of 200 epochs are shares 0.75 and 0.875), since
+    weight decay keeps shrinking the encrypted weights; schedules without drops get it at the same shares. With `clip`
+    the encrypted weights are cut to +-2/S after each step (Fig. 15b).
+
+    Errors: ValueError on a share outside 0..1 or s not above 0.
+    Reference: arXiv 2009.04126, Sec. 4, Fig. 6 and 15
+    """
+
+    def __init__(
+        self, s: float = 10.0, warmup: float = 0.0, doublings: Sequence[float] = (), clip: bool = False
+    ) -> None:
+        super().__init__()
+        if not s > 0:
+            raise ValueError(f"s must be above 0, got {s!r}")
+        for name, shares in (("warmup", [warmup]), ("doublings", doublings)):
+            if not all(0 <= share <= 1 for share in shares):
+                raise ValueError(f"{name} must be shares of the training in 0..1, got {list(shares)}")
+        self.start, self.warmup, self.doublings, self.clip = float(s), warmup, tuple(doublings), clip
+
+    def value(self, share: float) -> float:
+        """S after this share of the training."""
+        rise = min(1.0, share / self.warmup) if self.warmup else 1.0
+        return self.start * (0.5 + 0.5 * rise) * float(2 ** sum(share >= d for d in self.doublings))
+
+    def before_step(self, state: State) -> None:
+        value = self.value(state.step / max(1, state.steps))
+        for module in state.model.modules():
+            if isinstance(module, FleXOR):
+                module.s.fill_(value)
+
+    @torch.no_grad()
+    def after_step(self, state: State) -> None:
+        if not self.clip:
+            return
+        for _, layer in quant_layers(state.model):
+            if isinstance(layer.weight_quantizer, FleXOR):
+                bound = 2 / layer.weight_quantizer.s
+                layer.weight.clamp_(-bound, bound)

@@ -1,0 +1,66 @@
+"""One run on several processes of this machine (torch.distributed); the first one writes."""
+
+import json
+import os
+import tempfile
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from qbench import device
+from qbench.errors import UserError
+
+
+def in_workers(config: dict[str, Any], workers: int) -> dict[str, Any]:
+    """Execute `config` in `workers` processes that average their gradients; returns the result.
+
+    Each gets its share of every batch and of the CPU threads, or a GPU of its own. Backend: nccl where every worker has a
+    GPU, else gloo.
+
+    Errors: what stopped the first worker, as UserError where it was one.
+    """
+    if config["train"]["batch_size"] % workers or config["parent"]["batch_size"] % workers:
+        raise UserError(f"workers={workers} must divide the batch size ({config['train']['batch_size']})")
+    from qbench.run import prepare
+
+    prepare(config)  # decode and check the data once, before the workers want them
+    threads = config["threads"] or max(1, device.set_threads(None) // workers)
+    with tempfile.TemporaryDirectory(prefix="qbench-workers-") as folder:
+        mp.start_processes(
+            _work, args=(workers, {**config, "threads": threads}, folder), nprocs=workers, start_method="spawn"
+        )
+        note = json.loads((Path(folder) / "0.json").read_text())
+    if "result" in note:
+        return dict(note["result"])
+    if note["kind"] == "Interrupted":
+        from qbench.trainer import Interrupted
+
+        raise Interrupted(note["error"])
+    raise UserError(note["error"]) if note["kind"] == "UserError" else RuntimeError(note["error"])
+
+
+def _work(rank: int, workers: int, config: dict[str, Any], folder: str) -> None:
+    from qbench.run import _execute, prepare
+    from qbench.screen import Screen
+    from qbench.trainer import Interrupted
+
+    nccl = torch.cuda.device_count() >= workers and config["device"] != "cpu"
+    if nccl:
+        torch.cuda.set_device(rank)
+    store = f"file://{folder}/rendezvous"
+    dist.init_process_group("nccl" if nccl else "gloo", init_method=store, rank=rank, world_size=workers)
+    note: dict[str, Any]
+    try:
+        note = {"result": _execute(prepare(config), Screen(quiet=rank > 0))}
+    except (UserError, Interrupted) as error:
+        note = {"kind": type(error).__name__, "error": str(error)}
+    except Exception as error:
+        note = {"kind": "Exception", "error": traceback.format_exc() if config["debug"] else repr(error)}
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(note))
+    if "result" not in note:  # the others may wait for this worker in vain: end them all
+        os._exit(0 if rank == 0 else 1)
+    dist.destroy_process_group()

@@ -1,0 +1,92 @@
+"""The command line as the tests call it: inside this process, or as a process of its own."""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, and for every process that a test starts
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import pytest
+import torch
+
+matplotlib.use("agg")
+torch.set_num_threads(1)
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ("model=tiny", "dataset=synthetic", "budget=smoke", "tensorboard=false", "device=cpu")
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a command line answered."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A data cache and a data root that no other test sees."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("QBENCH_CACHE", str(folder))
+    monkeypatch.setenv("QBENCH_DATA", str(folder / "data"))
+    return folder
+
+
+@pytest.fixture
+def cli(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., Said]:
+    """cli(*words): `qbench *words` in this process, in an empty folder; relative `out` folders lie in it."""
+    from qbench.cli import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words: object) -> Said:
+        capfd.readouterr()
+        monkeypatch.setattr(sys, "argv", ["qbench"])
+        status = main([str(w) for w in words])
+        return Said(status, *capfd.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def tiny(cli: Callable[..., Said]) -> Callable[..., Said]:
+    """tiny(*words): `cli` for the smallest run there is; later words win."""
+
+    def call(*words: object) -> Said:
+        keys = {str(w).partition("=")[0] for w in words}
+        return cli(*(w for w in TINY if w.partition("=")[0] not in keys), *words)
+
+    return call
+
+
+@pytest.fixture
+def process(tmp_path: Path) -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
+    """process(*words): `python -m qbench *words`, started in an empty folder; whatever still runs is killed at the end."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*words: object, **environment: str) -> "subprocess.Popen[str]":
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "qbench", *map(str, words)],
+                cwd=tmp_path,
+                env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+        return started[-1]
+
+    yield start
+    for one in started:
+        if one.poll() is None:
+            one.kill()
+        one.communicate()

@@ -1,0 +1,326 @@
+"""What every method promises, tried on every YAML in conf/method; a new method is tested without a new line here."""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qbench import bits, catalog, checkpoint, surgery, trainer
+from qbench.cli import resolve_overrides
+from qbench.data import load
+from qbench.layers import QuantLayer, quant_layers, quantized_weights
+from qbench.method import Method
+from qbench.quantizer import Quantizer
+from qbench.recipe import Recipe
+from qbench.resolve import parent_of
+from qbench.run import Run, _batches, make_method, make_model, quantize
+from qbench.screen import Screen
+
+FILES = sorted((catalog.conf_folder() / "method").glob("*.yaml"))
+NAMES = [path.stem for path in FILES if path.stem not in catalog.aliases()]
+# What the lowest or highest width of a method needs beside itself.
+WITH = {("flexor", 0.05): ("options.n_tap=1",)}
+
+
+def config_of(name: str, *words: str) -> dict[str, Any]:
+    data = ("model=tiny", "dataset=synthetic", "dataset.train_size=64", "dataset.test_size=32", "dataset.size=8")
+    return resolve_overrides([f"method={name}", *data, "budget=smoke", "device=cpu", "threads=1", *words])
+
+
+@dataclass
+class Case:
+    """A method on a net with sane batch-norm statistics, after calibration."""
+
+    config: dict[str, Any]
+    run: Run
+    method: Method
+    model: nn.Module
+    kept: dict[str, str]
+    loop: trainer.Trainer
+    x: Tensor
+
+
+def build(config: dict[str, Any], folder: Path) -> Case:
+    run = Run(config, load(config["dataset"]), folder, "", {})
+    model, method, cpu = make_model(config, run.data), make_method(config), torch.device("cpu")
+    train, test = _batches(run, run.data.train, cpu, True), _batches(run, run.data.test, cpu, False)
+    x = next(train.epoch(0))[0]
+    model.train()
+    with torch.no_grad():
+        for _ in range(20):
+            model(x)
+    kept = quantize(config, model, method)
+    recipe = Recipe(**config["train"])
+    loop = trainer.Trainer(
+        model,
+        method,
+        recipe,
+        train,
+        {"test": test},
+        folder=folder,
+        recorder=None,
+        device=cpu,
+        generator=torch.Generator().manual_seed(0),
+        screen=Screen(quiet=True),
+        checkpoint_seconds=1e9,
+    )
+    checkpoint.seed_all(0)
+    trainer.calibrate(model, test.epoch(0), cpu, "fp32", config["init"] == "scratch")
+    for hook in loop.own_hooks():
+        hook.after_calibrate(loop.state)
+    return Case(config, run, method, model, kept, loop, x)
+
+
+def widths(spec: dict[str, Any]) -> list[float]:
+    """The default, the lowest, the highest and a middle one of the widths that a YAML allows."""
+    if "only" in spec:
+        return sorted(set(spec["only"]))
+    lo, hi = spec["lo"], spec["hi"]
+    return sorted({spec["default"], lo, hi, *([2] if bits.allows(spec, 2) else [])})
+
+
+@cache
+def method_node(name: str) -> dict[str, Any]:
+    return next(m for m in catalog.methods() if m["name"] == name)
+
+
+def width_cases() -> Iterator[tuple[str, float, float]]:
+    for name in NAMES:
+        node = method_node(name)
+        w, a = widths(node["w_bits"]), widths(node["a_bits"])
+        yield from ((name, w[min(i, len(w) - 1)], a[min(i, len(a) - 1)]) for i in range(max(len(w), len(a))))
+
+
+@pytest.fixture(params=NAMES)
+def case(request: pytest.FixtureRequest, tmp_path: Path) -> Case:
+    return build(config_of(request.param, "train.steps=2"), tmp_path)
+
+
+def eval_logits(model: nn.Module, x: Tensor) -> Tensor:
+    model.eval()
+    with torch.no_grad():
+        return model(x)
+
+
+def weight_layers(model: nn.Module) -> dict[str, QuantLayer]:
+    return {name: layer for name, layer in quant_layers(model) if layer.weight_quantizer is not None}
+
+
+def test_every_file_is_a_method_or_an_alias_of_one() -> None:
+    assert len(FILES) == len(NAMES) + len(catalog.aliases())
+    assert sorted(m["name"] for m in catalog.methods()) == NAMES
+    assert set(catalog.aliases().values()) <= set(NAMES)
+    assert len(NAMES) >= 5
+
+
+@pytest.mark.parametrize("alias", sorted(catalog.aliases()))
+def test_alias_is_the_method_it_names(alias: str) -> None:
+    assert config_of(alias) == config_of(catalog.aliases()[alias])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_method_has_a_test_file_that_names_it(name: str) -> None:
+    yaml = (catalog.conf_folder() / "method" / f"{name}.yaml").read_text()
+    if not method_node(name).get("rules"):
+        assert name == "float"
+        return
+    stems = {name, *re.findall(r"qbench\.methods\.(\w+)", yaml)}
+    found = [p for p in Path(__file__).parent.glob("methods/test_*.py") if p.stem.removeprefix("test_") in stems]
+    assert any(re.search(rf"\b{name}\b", p.read_text(), re.IGNORECASE) for p in found), f"{name}: {stems}"
+
+
+def test_every_rule_and_parameter_group_matches(case: Case) -> None:
+    fresh = make_model(case.config, case.run.data)
+    chosen = [id(rule) for rule in surgery.matches(fresh, case.method.rules).values()]
+    dead = [r for r in case.method.rules if id(r) not in chosen and not r.optional]
+    assert not dead
+    groups = trainer.parameter_groups(case.model, case.loop.own_hooks(), case.method, case.loop.recipe)
+    grouped = [id(p) for group in groups for p in group["params"]]
+    assert len(grouped) == len(set(grouped))
+    assert set(grouped) >= {id(p) for p in case.model.parameters()}
+
+
+def test_two_steps_leave_a_finite_loss_and_move_every_parameter(case: Case) -> None:
+    hooks = {f"hook.{n}": p for h in case.loop.own_hooks() for n, p in h.named_parameters()}
+    named = {**dict(case.model.named_parameters()), **hooks}
+    before = {name: p.detach().clone() for name, p in named.items()}
+    losses: list[float] = []
+    forward = case.loop._forward_backward
+    case.loop._forward_backward = lambda share: (losses.append(float(loss := forward(share))), loss)[1]  # type: ignore[method-assign]
+    case.loop.train()
+    assert len(losses) == 2
+    assert all(map(math.isfinite, losses))
+    allowed = case.method.unmoved
+    still = [n for n, p in named.items() if p.detach().equal(before[n]) or p.grad is None or not p.grad.any()]
+    assert not [n for n in still if not any(fnmatchcase(n, pattern) for pattern in allowed)]
+    assert all(p.isfinite().all() for p in named.values())
+
+
+def test_unmoved_patterns_name_parameters(case: Case) -> None:
+    names = [n for n, _ in case.model.named_parameters()]
+    names += [f"hook.{n}" for h in case.loop.own_hooks() for n, _ in h.named_parameters()]
+    assert all(any(fnmatchcase(n, pattern) for n in names) for pattern in case.method.unmoved)
+
+
+def _groups(hat: Tensor, granularity: str) -> Tensor:
+    return hat.flatten(1) if granularity == "per_channel" else hat.reshape(1, -1)
+
+
+@pytest.mark.parametrize(("name", "w_bits", "a_bits"), width_cases())
+def test_bits_mean_levels(name: str, w_bits: float, a_bits: float, tmp_path: Path) -> None:
+    case = build(config_of(name, f"w_bits={w_bits}", f"a_bits={a_bits}", *WITH.get((name, w_bits), ())), tmp_path)
+    layers = weight_layers(case.model)
+    manifest = surgery.manifest(case.model, case.kept)
+    assert set(manifest["weights"]) == {n for n, _ in case.model.named_parameters()}
+    for entry in manifest["weights"].values():
+        assert ("quantizer" in entry) + ("why" in entry) + ("part_of" in entry) == 1
+    if not layers:  # nothing to count: the manifest must say so
+        assert w_bits == bits.FLOAT
+        assert not [e for e in manifest["weights"].values() if "quantizer" in e]
+        assert manifest["size"]["bits_per_weight"] == 32
+    else:
+        assert any(abs(layer.weight_quantizer.bits - w_bits) < 0.01 for layer in layers.values())  # type: ignore[union-attr]
+    for layer_name, layer in layers.items():
+        q = layer.weight_quantizer
+        assert q is not None
+        entry = manifest["weights"][f"{layer_name}.weight"]
+        assert entry["bits"] == q.bits
+        assert tuple(entry["shape"]) == layer.weight_shape
+        with torch.no_grad():
+            hat = q(layer.weight)
+        assert tuple(hat.shape) == layer.weight_shape
+        for row in _groups(hat, q.granularity):
+            assert 2 <= len(row.unique()) <= min(2 ** math.ceil(q.bits), q.levels), layer_name
+    seen = _activation_outputs(case)
+    for q_name, (q, outputs) in seen.items():
+        if q.granularity == "per_tensor":
+            assert len(outputs.unique()) <= min(2**q.bits, q.levels), q_name
+            assert manifest["activations"][q_name]["bits"] == q.bits
+    if a_bits < bits.FLOAT:
+        assert any(q.bits == a_bits for q, _ in seen.values())
+    elif not any("first" in str(k) or "last" in str(k) for k in case.config["options"]):
+        assert not seen
+
+
+def _activation_outputs(case: Case) -> dict[str, tuple[Quantizer, Tensor]]:
+    seen: dict[str, tuple[Quantizer, Tensor]] = {}
+    handles = [
+        q.register_forward_hook(lambda q, args, y, name=name: seen.update({name: (q, y)}))  # type: ignore[misc]
+        for name, q in surgery.activation_quantizers(case.model).items()
+    ]
+    eval_logits(case.model, case.x)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def test_quantizing_twice_changes_nothing_where_the_paper_is_idempotent(case: Case) -> None:
+    for name, layer in weight_layers(case.model).items():
+        q = layer.weight_quantizer
+        assert q is not None
+        if q.idempotent:
+            with torch.no_grad():
+                hat = q(layer.weight)
+                assert q(hat).equal(hat), name
+    for name, (q, y) in _activation_outputs(case).items():
+        if q.idempotent and q.granularity == "per_tensor":
+            assert q(y).detach().equal(y), name
+
+
+def test_codes_are_the_forward(case: Case) -> None:
+    case.model.eval()
+    for layer in weight_layers(case.model).values():
+        q = layer.weight_quantizer
+        assert q is not None
+        codes = q.codes(layer.weight)
+        assert codes.kind == "codebook" or not codes.codes.is_floating_point()
+        torch.testing.assert_close(codes.values(), q(layer.weight).detach(), rtol=1e-5, atol=1e-7)
+        stored, scales = q.stored_bits(layer.weight)
+        assert stored > 0
+        assert scales >= 0
+    for q in surgery.activation_quantizers(case.model).values():
+        x = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+        torch.testing.assert_close(q.codes(x).values(), q(x).detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_state_dict_carries_everything(case: Case, tmp_path: Path) -> None:
+    case.loop.train()
+    name = case.config["method"]["name"]
+    other = build(config_of(name, "train.steps=2", "seed=1"), tmp_path)
+    assert not eval_logits(other.model, case.x).equal(eval_logits(case.model, case.x))
+    path = tmp_path / "model.pt"
+    checkpoint.save(path, case.model.state_dict())
+    other.model.load_state_dict(checkpoint.load(path))
+    assert eval_logits(other.model, case.x).equal(eval_logits(case.model, case.x))
+
+
+def test_one_pass_over_all_weights_equals_each_layer_alone(case: Case) -> None:
+    layers = weight_layers(case.model)
+    case.model.train()
+    gradients = []
+    for together in (True, False):
+        for q in [m for m in case.model.modules() if isinstance(m, Quantizer)]:
+            q.generator = torch.Generator().manual_seed(0)
+        case.model.zero_grad()
+        hats = []
+        if together:
+            with quantized_weights(case.model):
+                hats = [layer.quantized_weight() for layer in layers.values()]
+            assert all(layer._weight_hat is None for layer in layers.values())
+        else:
+            hats = [layer.quantized_weight() for layer in layers.values()]
+        case.model.zero_grad()
+        for i, hat in enumerate(hats):
+            hat.backward(torch.randn(hat.shape, generator=torch.Generator().manual_seed(i)))
+        grads = {n: None if p.grad is None else p.grad.clone() for n, p in case.model.named_parameters()}
+        gradients.append(([h.detach() for h in hats], grads))
+    for a, b in zip(gradients[0][0], gradients[1][0], strict=True):
+        assert a.equal(b)
+    for name, g in gradients[0][1].items():
+        h = gradients[1][1][name]
+        assert (g is None) == (h is None), name
+        if g is not None:
+            torch.testing.assert_close(g, h, rtol=1e-5, atol=1e-7, msg=name)
+    alone = eval_logits(case.model, case.x)
+    with quantized_weights(case.model):
+        assert eval_logits(case.model, case.x).equal(alone)
+
+
+def test_evaluation_is_deterministic_and_changes_nothing(case: Case) -> None:
+    case.loop.train()
+    before = {k: v.clone() for k, v in case.model.state_dict().items() if isinstance(v, Tensor)}
+    first = eval_logits(case.model, case.x)
+    assert first.isfinite().all()
+    assert eval_logits(case.model, case.x).equal(first)
+    for key, value in case.model.state_dict().items():
+        assert not isinstance(value, Tensor) or value.equal(before[key])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_float_parents_checkpoint_loads(name: str, tmp_path: Path) -> None:
+    config = config_of(name)
+    data = load(config["dataset"])
+    parent = make_model({**parent_of(config), "seed": 1}, data)
+    checkpoint.save(tmp_path / "model.pt", parent.state_dict())
+    model = make_model(config, data)
+    assert checkpoint.load_weights(model, tmp_path / "model.pt") == []
+    x = torch.randn(4, 3, 8, 8)
+    assert eval_logits(model, x).equal(eval_logits(parent, x))
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if method_node(n).get("w_bits", {}).get("float")])
+def test_thirty_two_bits_leave_the_net_in_float(name: str, tmp_path: Path) -> None:
+    node = method_node(name)
+    a_bits = 32 if bits.allows(node["a_bits"], 32) else node["a_bits"]["default"]
+    case = build(config_of(name, "w_bits=32", f"a_bits={a_bits}"), tmp_path)
+    quantized = {n: q.bits for n, layer in weight_layers(case.model).items() if (q := layer.weight_quantizer)}
+    own = {v for v in case.config["options"].values() if isinstance(v, int | float)}  # say 8 bits for first and last
+    assert set(quantized.values()) <= own
