@@ -13,10 +13,15 @@ from qbench.quantizer import Codes, Quantizer, check_bits, check_choice
 GRADIENTS = ("paper", "exact", "constant_alpha", "released")
 
 
+def mean_magnitude(w: Tensor) -> Tensor:
+    """mean|w| of each output channel, [out, 1, ...]; in float64, so that the mean of equal values is that value."""
+    return w.abs().mean(tuple(range(1, w.dim())), keepdim=True, dtype=torch.float64).to(w.dtype)
+
+
 class _ScaledSign(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, w: Tensor, gradient: str) -> Tensor:
-        alpha = w.abs().mean(tuple(range(1, w.dim())), keepdim=True)
+        alpha = mean_magnitude(w)
         ctx.save_for_backward(w, alpha)
         ctx.gradient = gradient
         return alpha * ops.sign_value(w)
@@ -68,8 +73,7 @@ class BinaryWeight(Quantizer):
     def codes(self, x: Tensor) -> Codes:
         """One plane of -1 and +1, with alpha as its coefficient."""
         w = x.detach().float()
-        alpha = w.abs().mean(tuple(range(1, w.dim())), keepdim=True)
-        return Codes("planes", ops.sign_value(w).to(torch.int8)[None], {"coefficients": alpha[None]})
+        return Codes("planes", ops.sign_value(w).to(torch.int8)[None], {"coefficients": mean_magnitude(w)[None]})
 
     def stored_bits(self, weight: Tensor) -> tuple[float, float]:
         return float(weight.numel()), 32.0 * weight.shape[0]

@@ -197,10 +197,10 @@ def check(overrides: Sequence[str], sweep: bool = False) -> None:
             groups.append(f"{p.key_or_group}={values[0]}")
         elif not (p.is_add() or p.is_force_add() or p.is_delete() or p.key_or_group.startswith("hydra")):
             plain.append(p.key_or_group)
-        first.append(f"{p.input_line.partition('=')[0]}={values[0]}" if p.is_sweep_override() else p.input_line)
+        first.append(f"{p.input_line.partition('=')[0]}={values[0]}" if p.is_sweep_override() else p.input_line)  # type: ignore[union-attr]
     _check_names(plain, groups)
     try:
-        config = _compose([f for f in first if not f.startswith("hydra")])
+        config = _compose([f for f in first if not f.startswith("hydra")])  # type: ignore[misc, union-attr]
         resolve(config)
     except NotApplicable:
         if not sweep:
@@ -221,7 +221,7 @@ def _check_names(keys: Sequence[str], groups: Sequence[str]) -> None:
         for key in node:
             known.append(f"{prefix}{key}")
             value = None if OmegaConf.is_missing(node, key) else node._get_node(key)
-            if OmegaConf.is_dict(value) and not value._is_none() and not value._is_interpolation():
+            if OmegaConf.is_dict(value) and not value._is_none() and not value._is_interpolation():  # type: ignore[union-attr]
                 walk(value, f"{prefix}{key}.")
 
     walk(config, "")

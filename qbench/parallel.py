@@ -30,7 +30,7 @@ def in_workers(config: dict[str, Any], workers: int) -> dict[str, Any]:
     prepare(config)  # decode and check the data once, before the workers want them
     threads = config["threads"] or max(1, device.set_threads(None) // workers)
     with tempfile.TemporaryDirectory(prefix="qbench-workers-") as folder:
-        mp.start_processes(
+        mp.start_processes(  # type: ignore[attr-defined]
             _work, args=(workers, {**config, "threads": threads}, folder), nprocs=workers, start_method="spawn"
         )
         note = json.loads((Path(folder) / "0.json").read_text())

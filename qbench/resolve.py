@@ -31,7 +31,7 @@ def resolve(config: DictConfig) -> dict[str, Any]:
     raw = OmegaConf.to_container(config.method, resolve=False)
     assert isinstance(raw, dict)
     try:
-        config.w_bits, config.a_bits = bits.resolve(raw, config.bits, config.w_bits, config.a_bits)
+        config.w_bits, config.a_bits = bits.resolve(raw, config.bits, config.w_bits, config.a_bits)  # type: ignore[arg-type]
     except UserError as error:
         raise NotApplicable(str(error)) from error
     whole = OmegaConf.to_container(config, resolve=True)

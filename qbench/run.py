@@ -229,7 +229,7 @@ def _compute(run: Run, screen: Screen) -> dict[str, Any]:
     method, recipe = make_method(config), Recipe(**config["train"])
     model = make_model(config, data)
     accuracy_float = start_weights(run, model, screen)
-    model.to(place, memory_format=_format(config))
+    model.to(place, memory_format=_format(config))  # type: ignore[call-overload]
     tests = {"test": _batches(run, data.test, place, False)}
     if data.val is not None:
         tests["val"] = _batches(run, data.val, place, False)
@@ -304,7 +304,7 @@ def _teacher(run: Run, screen: Screen, place: torch.device) -> nn.Module | None:
         return None
     teacher = make_model(run.config, run.data)
     checkpoint.load_weights(teacher, float_parent(run, screen)[0])
-    return teacher.to(place, memory_format=_format(run.config)).eval().requires_grad_(False)
+    return teacher.to(place, memory_format=_format(run.config)).eval().requires_grad_(False)  # type: ignore[call-overload, no-any-return]
 
 
 def _calibrated(run: Run, loop: trainer.Trainer, screen: Screen) -> float | None:
@@ -411,7 +411,7 @@ def evaluate(folder: Path, dataset: Mapping[str, Any] | None = None) -> tuple[di
     run, model = rebuild(folder, dataset)
     place = device.pick(run.config["device"])
     device.set_threads(run.config["threads"])
-    model.to(place, memory_format=_format(run.config))
+    model.to(place, memory_format=_format(run.config))  # type: ignore[call-overload]
     tests = _batches(run, run.data.test, place, False)
     loss, accuracy = trainer.evaluate(model, tests, place, run.config["train"]["precision"])
     return run.result() or {}, loss, accuracy
@@ -425,7 +425,7 @@ def evaluate_checkpoint(config: dict[str, Any], path: Path) -> tuple[float, floa
     model = make_model(config, run.data)
     for line in checkpoint.load_weights(model, path):
         print(f"  {line}")
-    model.to(place, memory_format=_format(config))
+    model.to(place, memory_format=_format(config))  # type: ignore[call-overload]
     return trainer.evaluate(model, _batches(run, run.data.test, place, False), place, config["train"]["precision"])
 
 
@@ -437,7 +437,7 @@ def plan(config: dict[str, Any]) -> dict[str, Any]:
     model, method, recipe = make_model(config, run.data).to(place), make_method(config), Recipe(**config["train"])
     parent = Recipe(**config["parent"])
     kept = quantize(config, model, method)
-    model.to(place, memory_format=_format(config))
+    model.to(place, memory_format=_format(config))  # type: ignore[call-overload]
     train = _batches(run, run.data.train, place, True)
     x, y = next(iter(train.epoch(0)))
     times = []

@@ -5,7 +5,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, TypeGuard
+from typing import Any
 
 from qbench.errors import UserError
 
@@ -121,7 +121,7 @@ def facts(spec: XorSpec) -> dict[str, Any]:
     }
 
 
-def _many(n_in: Any) -> TypeGuard[Sequence[int]]:
+def _many(n_in: Any) -> bool:
     return isinstance(n_in, Sequence) and not isinstance(n_in, str)
 
 
@@ -164,7 +164,7 @@ def make(
     _whole("q", q, 1)
     if n_in is None:
         return XorSpec(_derived(bits, n_out, q), n_out, n_tap, q, matrix, seed)
-    listed = list(n_in) if _many(n_in) else [n_in]
+    listed: list[Any] = list(n_in) if _many(n_in) else [n_in]  # type: ignore[arg-type]
     if len(listed) != 1 and len(listed) != 3:
         raise ValueError(f"n_in must be a number or a list of three (layer1, layer2, layer3), got {listed}")
     specs = [XorSpec(n, n_out, n_tap, q, matrix, seed) for n in listed]

@@ -36,7 +36,9 @@ def test_floor() -> None:
 
 def test_straight_through_passes_the_gradient_as_it_is() -> None:
     upstream = torch.tensor([3.0, -2.0])
-    assert gradient(lambda x: ops.straight_through(x, x.sign() * 7), torch.tensor([1.0, -1.0]), upstream).equal(upstream)
+    assert gradient(lambda x: ops.straight_through(x, x.sign() * 7), torch.tensor([1.0, -1.0]), upstream).equal(
+        upstream
+    )
 
 
 def test_straight_through_gives_no_gradient_to_the_value_and_no_alias_of_it() -> None:

@@ -16,7 +16,7 @@ LAYER = nn.Linear(1, 1)
 
 
 def fitted(x: Tensor, layer: nn.Module = LAYER, site: str = "input", **options: object) -> Uniform:
-    q = Uniform(layer, site, **options)  # type: ignore[arg-type]
+    q = Uniform(layer, site, **options)
     q.calibrate(x)
     q.finish_calibration()
     return q
@@ -163,4 +163,4 @@ def test_state_round_trips_and_half_precision_comes_back_as_it_was() -> None:
 )
 def test_refuses(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Uniform(LAYER, "input", **options)  # type: ignore[arg-type]
+        Uniform(LAYER, "input", **options)

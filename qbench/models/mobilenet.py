@@ -93,7 +93,7 @@ class InvertedResidual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.body(x)
-        return y if self.add is None else self.add(y, x)
+        return y if self.add is None else self.add(y, x)  # type: ignore[no-any-return]
 
 
 class MobileNetV2(nn.Sequential):

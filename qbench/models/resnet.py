@@ -33,7 +33,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.relu1(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(y))
-        return self.relu2(self.add(y, self.shortcut(x)))
+        return self.relu2(self.add(y, self.shortcut(x)))  # type: ignore[no-any-return]
 
 
 class PreactivationBlock(nn.Module):
@@ -60,7 +60,7 @@ class PreactivationBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         a = self.relu1(self.bn1(x))
         y = self.conv2(self.relu2(self.bn2(self.conv1(a))))
-        return self.add(y, self.shortcut(a if self.share else x))
+        return self.add(y, self.shortcut(a if self.share else x))  # type: ignore[no-any-return]
 
 
 def _stage(before: int, after: int, stride: int, blocks: int, shortcut: str, preactivation: bool) -> nn.Sequential:

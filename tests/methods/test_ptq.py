@@ -34,10 +34,10 @@ def lived_in(model: nn.Module) -> nn.Module:
 
 def rules(w_bits: int, a_bits: int, **weight: object) -> list[Rule]:
     slots = {
-        "weight": partial(Uniform, bits=w_bits, **{"per_channel": True, **weight}),  # type: ignore[arg-type]
+        "weight": partial(Uniform, bits=w_bits, **{"per_channel": True, **weight}),
         "input": partial(Uniform, bits=a_bits),
     }
-    return [Rule(pair="BatchNorm*", replace=fold, optional=True, **slots), Rule(**slots)]  # type: ignore[arg-type]
+    return [Rule(pair="BatchNorm*", replace=fold, optional=True, **slots), Rule(**slots)]
 
 
 def quantized(model: nn.Module, x: Tensor, recipe: list[Rule]) -> nn.Module:
@@ -58,7 +58,7 @@ def test_fold_by_hand() -> None:
         conv.weight.fill_(0.4)
         bn.weight.fill_(1.5)
         bn.bias.fill_(0.3)
-        bn.running_mean.fill_(0.1)  # type: ignore[union-attr]
+        bn.running_mean.fill_(0.1)
     layer = fold(conv, "replace", bn)
     assert layer.weight.item() == pytest.approx(0.6)
     assert layer.bias is not None
@@ -74,13 +74,13 @@ def test_fold_by_hand() -> None:
         (partial(nn.Linear, 4, 6), nn.BatchNorm1d, (5, 4)),
     ],
 )
-def test_fold_leaves_the_function_alone(layer: partial, bn: type, shape: tuple[int, ...], affine: bool) -> None:  # type: ignore[type-arg]
+def test_fold_leaves_the_function_alone(layer: partial, bn: type, shape: tuple[int, ...], affine: bool) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     pair = nn.Sequential(layer(), bn(6, affine=affine)).train()
     pair(x)
     pair.eval()
     expected = pair(x)
-    assert torch.allclose(fold(pair[0], "replace", pair[1])(x), expected, atol=1e-5)  # type: ignore[arg-type]
+    assert torch.allclose(fold(pair[0], "replace", pair[1])(x), expected, atol=1e-5)
 
 
 def test_fold_without_a_pair_is_the_layer_itself() -> None:
@@ -119,8 +119,8 @@ def test_error_falls_with_bits() -> None:
 def test_per_channel_saves_weights_of_unlike_channels() -> None:
     x, model = images(), lived_in(Tiny(channels=3, classes=10, size=16))
     with torch.no_grad():
-        model.get_submodule("bn2").weight.copy_(torch.logspace(-2, 2, 8))  # type: ignore[union-attr, operator]
-    weight = fold(*(deepcopy(model.get_submodule(n)) for n in ("conv2",)), "replace", model.get_submodule("bn2")).weight  # type: ignore[arg-type, misc]
+        model.get_submodule("bn2").weight.copy_(torch.logspace(-2, 2, 8))
+    weight = fold(deepcopy(model.get_submodule("conv2")), "replace", model.get_submodule("bn2")).weight
     relative = []
     for per_channel in (False, True):
         layer = quantized(model, x, rules(4, 16, per_channel=per_channel)).get_submodule("conv2")
@@ -142,7 +142,7 @@ def test_ranges_do_not_depend_on_how_the_images_are_cut_into_batches() -> None:
     for (_, a), (_, b) in zip(*(quant_layers(net) for net in nets), strict=True):
         assert a.input_quantizer is not None
         assert b.input_quantizer is not None
-        assert torch.allclose(a.input_quantizer.hi, b.input_quantizer.hi, rtol=1e-5)  # type: ignore[arg-type]
+        assert torch.allclose(a.input_quantizer.hi, b.input_quantizer.hi, rtol=1e-5)
 
 
 def test_trains_when_asked_to() -> None:
