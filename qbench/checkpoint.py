@@ -70,8 +70,8 @@ def seed_all(seed: int) -> None:
 def load_weights(model: nn.Module, path: Path) -> list[str]:
     """Load a plain state_dict of the same architecture into `model`: by key, else by order and shape.
 
-    A wrapper such as {'state_dict': ...} or {'model': ...} and a 'module.' prefix are taken off. Returns the lines of the
-    mapping where keys differ, for the screen; empty when they were equal.
+    A wrapper such as {'state_dict': ...} or {'model': ...} and a 'module.' prefix are taken off. Returns the lines of
+    the mapping where keys differ, for the screen; empty when they were equal.
 
     Errors: UserError naming the file and the first tensor that does not fit.
     """
@@ -92,7 +92,8 @@ def load_weights(model: nn.Module, path: Path) -> list[str]:
     for (k, v), (g, u) in zip(mine, theirs, strict=False):
         if v.shape != u.shape:
             raise UserError(
-                f"{path} is of another architecture: {g} has shape {list(u.shape)} where the model's {k} has {list(v.shape)}"
+                f"{path} is of another architecture: {g} has shape {list(u.shape)} "
+                f"where the model's {k} has {list(v.shape)}"
             )
     if len(mine) != len(theirs):
         raise UserError(f"{path} is of another architecture: it holds {len(theirs)} tensors, the model has {len(mine)}")

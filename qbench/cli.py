@@ -1,4 +1,4 @@
-"""The command line: answers what needs no computing at once, hands runs and sweeps to Hydra. torch is imported by runs only."""
+"""The command line: answers at once what needs no computing, hands runs and sweeps to Hydra. Only runs import torch."""
 
 import json
 import os
@@ -30,7 +30,7 @@ Options, as name=value (conf/config.yaml holds all of them):
   method= model= dataset= budget=       from the lists; budget: smoke, demo (default), short, paper
   bits=4  bits=4/8  w_bits=  a_bits=    weights and activations, weights/activations, one of them
   options.NAME=                         what the method offers beyond bits, e.g. options.n_tap=2 for flexor
-  train.NAME=  parent.NAME=             epochs, lr, batch_size, optimizer, schedule ... of training / of the float parent
+  train.NAME=  parent.NAME=             epochs, lr, batch_size, optimizer, schedule ... of training / float parent
   init=scratch|float|CHECKPOINT         what the run starts from
   dataset.root=DIR                      where the data lie
   seed=  precision=fp32|bf16  device=auto|cpu|cuda  workers=  threads=  out=DIR
@@ -41,7 +41,9 @@ Options, as name=value (conf/config.yaml holds all of them):
 The same command again goes on where it was cut off, or says what came out.
 """
 COMMANDS = ("list", "table", "eval", "compare", "help")
-SINGLE: list[int | BaseException] = []  # what a single run came to: hydra.main returns nothing, and prints errors its own way
+SINGLE: list[
+    int | BaseException
+] = []  # what a single run came to: hydra.main returns nothing, and prints errors its own way
 FLAGS_WITH_VALUE = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--package", "-p")
 
 
@@ -127,15 +129,17 @@ def _evaluate(args: list[str]) -> int:
         strange = [key for key, _, _ in root if not key.startswith("dataset.")]
         if strange:
             raise UserError(f"a run is evaluated as it was trained; only dataset.* may be set, got {strange[0]}")
-        from qbench.run import evaluate
+        from qbench.finished import evaluate
 
         result, loss, accuracy = evaluate(folder, {k.removeprefix("dataset."): v for k, _, v in root})
-        print(f"{folder}: accuracy {accuracy:.2f} %, loss {loss:.4f} (recorded: {result.get('accuracy_last', 0):.2f} %)")
+        print(
+            f"{folder}: accuracy {accuracy:.2f} %, loss {loss:.4f} (recorded: {result.get('accuracy_last', 0):.2f} %)"
+        )
         return 0
     if path.is_dir():
         raise UserError(f"{path} is not a finished run: it has no config.yaml")
     config = resolve_overrides(["method=float", f"init={path}", *overrides])
-    from qbench.run import evaluate_checkpoint
+    from qbench.finished import evaluate_checkpoint
 
     loss, accuracy = evaluate_checkpoint(config, path)
     print(f"{path}: accuracy {accuracy:.2f} %, loss {loss:.4f} (float {config['model']['name']})")
@@ -171,7 +175,7 @@ def resolve_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def check(overrides: Sequence[str], sweep: bool = False) -> None:
-    """Check the names in `overrides` and, of a sweep, its first cell; what is wrong is said with the nearest right name."""
+    """Check the names in `overrides` and, of a sweep, its first cell; errors offer the nearest right name."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
@@ -249,9 +253,9 @@ def _hydra(args: list[str]) -> int:
         check(overrides, sweep)
     import hydra
 
-    run: Callable[[], Any] = hydra.main(config_path=str(catalog.conf_folder()), config_name="config", version_base="1.3")(
-        job
-    )
+    run: Callable[[], Any] = hydra.main(
+        config_path=str(catalog.conf_folder()), config_name="config", version_base="1.3"
+    )(job)
     sys.argv = ["qbench", *args]
     if not sweep:
         run()
@@ -316,7 +320,7 @@ def job(config: "DictConfig") -> int | float:
 def _one(config: dict[str, Any]) -> int:
     """A single run; returns the exit status."""
     if config["plan"]:
-        from qbench.run import plan
+        from qbench.finished import plan
 
         _print_plan(plan(config))
         return 0
@@ -342,7 +346,9 @@ def _print_plan(plan: dict[str, Any]) -> None:
     print(yaml.safe_dump(json.loads(json.dumps(plan["config"])), sort_keys=False))
     for site in ("weights", "activations", "errors"):
         for name, entry in plan["manifest"][site].items():
-            what = entry.get("why") or entry.get("part_of") or f"{entry.get('levels')} levels, {entry.get('granularity')}"
+            what = (
+                entry.get("why") or entry.get("part_of") or f"{entry.get('levels')} levels, {entry.get('granularity')}"
+            )
             print(f"{site:<12} {name:<40} {entry.get('bits', 32):>5} bits  {what}")
     size = plan["manifest"]["size"]
     print(f"\n{size['bits_per_weight']:.2f} bits per quantized weight, {size['bytes']:,} bytes in all")

@@ -18,7 +18,8 @@ def pick(device: str) -> torch.device:
         raise UserError(f"device must be auto, cpu or cuda, got '{device}'")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError(
-            "device=cuda, but torch sees no GPU (driver missing, or a CPU build of torch). Use device=cpu or device=auto."
+            "device=cuda, but torch sees no GPU (driver missing, or a CPU build of torch). "
+            "Use device=cpu or device=auto."
         )
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
@@ -36,8 +37,8 @@ def set_threads(threads: int | None) -> int:
 def keep_freed_memory() -> None:
     """Tell glibc to keep large freed blocks instead of giving them back to the kernel.
 
-    A training step frees and takes the same 8 MB tensors again and again; by default each of them is mapped and unmapped,
-    page by page. The price: the process does not shrink before it ends. Only where the C library is glibc.
+    A training step frees and takes the same 8 MB tensors again and again; by default each of them is mapped and
+    unmapped, page by page. The price: the process does not shrink before it ends. Only where the C library is glibc.
     """
     if not sys.platform.startswith("linux"):
         return

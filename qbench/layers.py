@@ -14,8 +14,8 @@ from qbench.quantizer import Quantizer
 class QuantLayer(nn.Module):
     """A convolution or linear layer around which a weight, input, output and error quantizer may sit.
 
-    `weight` is the latent: what the optimizer trains. It keeps the float layer's key and, unless the quantizer's latent has
-    another shape, its shape. Forward: y = op(Q_in(x), Q_w(weight)) + bias; the gradient of y passes through Q_error.
+    `weight` is the latent: what the optimizer trains. It keeps the float layer's key and, unless the quantizer's latent
+    has another shape, its shape. Forward: y = op(Q_in(x), Q_w(weight)) + bias; the gradient of y passes through Q_error.
     """
 
     def __init__(self, layer: nn.Conv2d | nn.Linear) -> None:

@@ -14,11 +14,10 @@ Factory = Callable[..., Any]
 class Rule:
     """Which modules are touched, and how. The first rule that matches a module wins.
 
-    match: a glob on the module's name, or '@first' / '@last' among the modules of `kind`. kind: class names, '|' between them
-    (globs allowed). pair: class name of the module that consumes this one's output (conv + batch-norm); the factory in
-    `replace` then gets both. weight / input / output / error: factories called with (layer, site). replace: a factory called
-    with (module, 'replace') that makes the new module; the other
-    sites then sit on it. keep: leave it alone, with the reason shown in the manifest.
+    match: a glob on the module's name, or '@first' / '@last' among the modules of `kind`. kind: class names, '|' between
+    them (globs allowed). pair: class name of the module that consumes this one's output (conv + batch-norm); the factory in
+    `replace` then gets both. weight / input / output / error: factories called with (layer, site). replace: a factory
+    called with (module, 'replace') that makes the new module; the other sites then sit on it. keep: leave it alone, with the reason shown in the manifest.
     optional: matching nothing is no error.
     """
 
@@ -37,7 +36,8 @@ class Rule:
         acts = any((self.weight, self.input, self.output, self.error, self.replace))
         if acts == (self.keep is not None):
             raise ValueError(
-                f"rule '{self.match}' ({self.kind}) must either quantize (weight, input, output, error, replace) or 'keep'"
+                f"rule '{self.match}' ({self.kind}) must either quantize "
+                "(weight, input, output, error, replace) or 'keep'"
             )
 
 
@@ -62,7 +62,7 @@ class State:
 
 
 class Hook(nn.Module):
-    """A no-op at every point; a method overrides what it needs. A hook may own parameters, they are trained and saved."""
+    """A no-op at every point; a method overrides what it needs. Parameters that a hook owns are trained and saved."""
 
     def after_calibrate(self, state: State) -> None: ...
 
@@ -92,7 +92,7 @@ class Hook(nn.Module):
 class Method:
     """A paper's method, declared in conf/method/<name>.yaml.
 
-    w_bits / a_bits: what may be asked for, as {default, lo, hi, float, fractional} or {default, only: [..]}; 32 means float.
+    w_bits / a_bits: what may be asked for, as {default, lo, hi, float, fractional} or {default, only: [..]}; 32 is float.
     init: 'float' (start from the float parent) or 'scratch' in the short budgets; recipe: what budget=paper means;
     budgets: what this method changes in the other budgets. needs: model options used unless the user chose otherwise.
     """
@@ -120,7 +120,8 @@ class Method:
             if not isinstance(rule, Rule):
                 unknown = set(rule) - names
                 if unknown:
-                    raise ValueError(f"rule {i} of {self.name}: unknown key {sorted(unknown)}; allowed: {sorted(names)}")
+                    raise ValueError(
+                        f"rule {i} of {self.name}: unknown key {sorted(unknown)}; allowed: {sorted(names)}"
+                    )
         rules = tuple(r if isinstance(r, Rule) else Rule(**r) for r in self.rules)
         object.__setattr__(self, "rules", rules)
-

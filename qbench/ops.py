@@ -117,7 +117,7 @@ def on_backward(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def stochastic_round(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    """floor(x + u), u ~ U[0, 1): unbiased, E = x; no gradient of its own. The generator is explicit and checkpointed."""
+    """floor(x + u), u ~ U[0, 1): unbiased, E = x; no gradient. The generator is explicit and checkpointed."""
     low = x.floor()
     u = torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype)
     return low + (u >= 1 - (x - low))  # x + u itself would be rounded: a whole x of 16 bits would sometimes move up

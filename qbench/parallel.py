@@ -18,8 +18,8 @@ from qbench.errors import UserError
 def in_workers(config: dict[str, Any], workers: int) -> dict[str, Any]:
     """Execute `config` in `workers` processes that average their gradients; returns the result.
 
-    Each gets its share of every batch and of the CPU threads, or a GPU of its own. Backend: nccl where every worker has a
-    GPU, else gloo.
+    Each gets its share of every batch and of the CPU threads, or a GPU of its own. Backend: nccl where every worker has
+    a GPU, else gloo.
 
     Errors: what stopped the first worker, as UserError where it was one.
     """

@@ -51,9 +51,9 @@ class Codes:
 class Quantizer(nn.Module, ABC):
     """Maps a tensor onto a grid: `forward(x) -> x_hat`, same shape and dtype, computed in float32 under autocast too.
 
-    One class serves weights, inputs and errors. `enabled` (inputs and errors only) lets a hook delay quantization and lets
-    calibration run with float inputs; the checkpoint stores it with the module. `generator` is set by the trainer, for
-    quantizers that draw random numbers; they are deterministic in eval mode unless their paper evaluates stochastically.
+    One class serves weights, inputs and errors. `enabled` (inputs and errors only) lets a hook delay quantization and
+    lets calibration run with float inputs; the checkpoint stores it with the module. `generator` is set by the trainer,
+    for quantizers that draw random numbers; in eval mode they draw none unless their paper evaluates stochastically.
     """
 
     bits: float
@@ -71,7 +71,7 @@ class Quantizer(nn.Module, ABC):
         """Return x (float32) on the grid."""
 
     def bypass(self, x: Tensor) -> Tensor:
-        """What happens instead while not `enabled`: the identity; ReLU where the quantizer stands in place of a ReLU."""
+        """What happens while not `enabled`: the identity; ReLU where the quantizer stands in place of a ReLU."""
         return x
 
     def forward(self, x: Tensor) -> Tensor:
@@ -80,11 +80,11 @@ class Quantizer(nn.Module, ABC):
         return self.quantize(x.float()).to(x.dtype)
 
     @torch.no_grad()
-    def calibrate(self, x: Tensor) -> None:  # noqa: B027 - nothing to do is the right default
+    def calibrate(self, x: Tensor) -> None:
         """Set ranges from `x`: the weight, or one batch of calibration inputs (called once per batch)."""
 
     @torch.no_grad()
-    def finish_calibration(self) -> None:  # noqa: B027
+    def finish_calibration(self) -> None:
         """Turn what `calibrate` collected over all batches into a range."""
 
     def latent(self, weight: Tensor) -> Tensor:

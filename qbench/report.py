@@ -11,7 +11,19 @@ import yaml
 
 from qbench.errors import UserError
 
-COLUMNS = ("method", "bits W/A", "model", "dataset", "budget", "float", "before", "after", "best", "bits/weight", "bytes")
+COLUMNS = (
+    "method",
+    "bits W/A",
+    "model",
+    "dataset",
+    "budget",
+    "float",
+    "before",
+    "after",
+    "best",
+    "bits/weight",
+    "bytes",
+)
 AXES = ("method", "w_bits", "a_bits", "model", "dataset", "budget", "protocol", "init")
 
 
@@ -29,7 +41,9 @@ def tell(folder: Path, result: Mapping[str, Any], line: Callable[[str], None]) -
         line(f"  before training       {percent(result['accuracy_before_training']):>7} %   (calibrated only)")
         line(f"  after training        {percent(result['accuracy_last']):>7} %   (last epoch)")
     line(f"  best test epoch       {percent(result['accuracy_best']):>7} %   (epoch {result['epoch_best'] or 0:.4g})")
-    line(f"  bits per weight       {result['bits_per_weight']:>7.2f}     (quantized layers, scales and padding counted)")
+    line(
+        f"  bits per weight       {result['bits_per_weight']:>7.2f}     (quantized layers, scales and padding counted)"
+    )
     line(f"  bytes                 {result['bytes']:>7,}     (whole net, packed)")
     line(f"  seconds               {result['seconds']:>7.0f}")
     pictures = [str(folder / n) for n in ("curves.png", "histograms.png") if (folder / n).is_file()]

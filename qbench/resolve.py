@@ -107,7 +107,7 @@ def _without_float(rule: dict[str, Any]) -> dict[str, Any]:
 
 
 def _uniform(rules: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same exceptions for every method: first and last layer in float, all else as the method's general rules say."""
+    """The same exceptions for every method: first and last layer in float, all else by the method's general rules."""
     general = [r for r in rules if r.get("match") not in ("@first", "@last")]
     keep = "protocol=uniform: first and last layer in float"
     return [{"match": "@first", "keep": keep}, {"match": "@last", "keep": keep}, *general] if rules else []
@@ -130,7 +130,7 @@ def parent_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def identity(config: Mapping[str, Any], data: Mapping[str, Any], init: str) -> dict[str, Any]:
-    """What decides the numbers of a run: the configuration without folders, devices and display, and the data by checksum.
+    """What decides the numbers of a run: the configuration without folders, devices and display; the data by checksum.
 
     Values that are null, empty or a recipe's default are left out, so that a new option does not rename old results.
     """

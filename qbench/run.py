@@ -20,11 +20,10 @@ from hydra.utils import instantiate
 from torch import nn
 
 import qbench
-from qbench import checkpoint, device, files, plots, surgery, trainer
+from qbench import checkpoint, device, evaluation, files, plots, surgery, trainer
 from qbench.data import DataSet, batches, load
 from qbench.errors import UserError
 from qbench.hooks import Distill
-from qbench.layers import quantized_weights
 from qbench.method import Method
 from qbench.recipe import Recipe
 from qbench.recorder import Recorder
@@ -166,7 +165,7 @@ def _make_folder(folder: Path) -> None:
 @contextmanager
 def _sole_owner(folder: Path, screen: Screen) -> Iterator[None]:
     """Hold the folder's lock; the system frees it when its holder dies."""
-    if trainer.rank() > 0:
+    if evaluation.rank() > 0:
         yield
         return
     lock = FileLock(folder / ".lock")
@@ -229,24 +228,24 @@ def _compute(run: Run, screen: Screen) -> dict[str, Any]:
     method, recipe = make_method(config), Recipe(**config["train"])
     model = make_model(config, data)
     accuracy_float = start_weights(run, model, screen)
-    model.to(place, memory_format=_format(config))  # type: ignore[call-overload]
-    tests = {"test": _batches(run, data.test, place, False)}
+    model.to(place, memory_format=memory_format(config))  # type: ignore[call-overload]
+    tests = {"test": make_batches(run, data.test, place, False)}
     if data.val is not None:
-        tests["val"] = _batches(run, data.val, place, False)
+        tests["val"] = make_batches(run, data.val, place, False)
     if config["init"] not in ("scratch", "float"):
-        accuracy_float = trainer.evaluate(model, tests["test"], place, recipe.precision)[1]
+        accuracy_float = evaluation.evaluate(model, tests["test"], place, recipe.precision)[1]
     teacher = _teacher(run, screen, place)
     kept = quantize(config, model, method)
     model.to(place)
-    writer = trainer.rank() == 0
+    writer = evaluation.rank() == 0
     resumed = _resume_step(run.folder)
     recorder = Recorder(run.folder, resume_step=resumed, tensorboard=config["tensorboard"]) if writer else None
-    generator = torch.Generator(place).manual_seed(_seed(config["seed"], f"train {trainer.rank()}"))
+    generator = torch.Generator(place).manual_seed(_seed(config["seed"], f"train {evaluation.rank()}"))
     loop = trainer.Trainer(
         model,
         method,
         recipe,
-        _batches(run, data.train, place, True),
+        make_batches(run, data.train, place, True),
         tests,
         folder=run.folder,
         recorder=recorder,
@@ -274,11 +273,11 @@ def _compute(run: Run, screen: Screen) -> dict[str, Any]:
     return {**result, "folder": str(run.folder)}
 
 
-def _format(config: Mapping[str, Any]) -> torch.memory_format:
+def memory_format(config: Mapping[str, Any]) -> torch.memory_format:
     return torch.channels_last if config["channels_last"] else torch.contiguous_format
 
 
-def _batches(run: Run, split: Any, place: torch.device, train: bool, shared: bool = False) -> Any:
+def make_batches(run: Run, split: Any, place: torch.device, train: bool, shared: bool = False) -> Any:
     """Batches of a split; `shared`: every worker sees all of them (calibration)."""
     data, config = run.data, run.config
     recipe = config["train"]
@@ -293,8 +292,8 @@ def _batches(run: Run, split: Any, place: torch.device, train: bool, shared: boo
         seed=_seed(config["seed"], "order"),
         device=place,
         channels_last=config["channels_last"],
-        rank=0 if shared else trainer.rank(),
-        world=1 if shared else trainer.world(),
+        rank=0 if shared else evaluation.rank(),
+        world=1 if shared else evaluation.world(),
     )
 
 
@@ -304,7 +303,7 @@ def _teacher(run: Run, screen: Screen, place: torch.device) -> nn.Module | None:
         return None
     teacher = make_model(run.config, run.data)
     checkpoint.load_weights(teacher, float_parent(run, screen)[0])
-    return teacher.to(place, memory_format=_format(run.config)).eval().requires_grad_(False)  # type: ignore[call-overload, no-any-return]
+    return teacher.to(place, memory_format=memory_format(run.config)).eval().requires_grad_(False)  # type: ignore[call-overload, no-any-return]
 
 
 def _calibrated(run: Run, loop: trainer.Trainer, screen: Screen) -> float | None:
@@ -316,18 +315,18 @@ def _calibrated(run: Run, loop: trainer.Trainer, screen: Screen) -> float | None
         return json.loads(note.read_text())["accuracy_before_training"]  # type: ignore[no-any-return]
     data, recipe, seed = run.data, loop.recipe, run.config["seed"]
     order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(_seed(seed, "calibration")))
-    images = _batches(run, data.train.take(order[: recipe.calibration]), loop.device, False, shared=True)
+    images = make_batches(run, data.train.take(order[: recipe.calibration]), loop.device, False, shared=True)
     checkpoint.seed_all(_seed(seed, "calibrate"))
-    trainer.calibrate(loop.model, images.epoch(0), loop.device, recipe.precision, scratch)
+    evaluation.calibrate(loop.model, images.epoch(0), loop.device, recipe.precision, scratch)
     for hook in loop.own_hooks():
         hook.after_calibrate(loop.state)
     before = None
     if not scratch:
-        before = trainer.evaluate(loop.model, loop.tests["test"], loop.device, recipe.precision)[1]
+        before = evaluation.evaluate(loop.model, loop.tests["test"], loop.device, recipe.precision)[1]
         screen.line(f"calibrated only: {before:.2f} %")
-    if trainer.rank() == 0:
+    if evaluation.rank() == 0:
         files.atomic_write(note, json.dumps({"accuracy_before_training": before}))
-    checkpoint.seed_all(_seed(seed, f"training {trainer.rank()}"))
+    checkpoint.seed_all(_seed(seed, f"training {evaluation.rank()}"))
     return before
 
 
@@ -347,7 +346,7 @@ def weights_sha256(model: nn.Module) -> str:
 
 def code_hash(config: Mapping[str, Any]) -> str:
     """Ten hex digits over the source of the core and of the modules that this run's configuration names."""
-    core = ("ops", "quantizer", "quantizers", "layers", "surgery", "hooks", "trainer", "recipe", "run")
+    core = ("ops", "quantizer", "quantizers", "layers", "surgery", "hooks", "trainer", "evaluation", "optim", "recipe")
     names = {f"qbench.{name}" for name in core}
     text = json.dumps([config["method"], config["model"]])
     names |= {target.rpartition(".")[0] for target in re.findall(r'"_target_": "([^"]+)"', text)}
@@ -386,78 +385,3 @@ def _write(run: Run, model: nn.Module, kept: dict[str, str], recorder: Recorder,
     recorder.close()
     for name in ("checkpoint.pt", "before.json"):
         (folder / name).unlink(missing_ok=True)
-
-
-def rebuild(folder: Path, dataset: Mapping[str, Any] | None = None) -> tuple[Run, nn.Module]:
-    """The trained, quantized net of a finished run, and the run; `dataset` replaces keys of the run's data set."""
-    path = folder / "config.yaml"
-    if not path.is_file():
-        raise UserError(f"{folder} is not a finished run: it has no config.yaml")
-    config = yaml.safe_load(path.read_text())
-    config["dataset"].update(dataset or {})
-    run = Run(config, load(config["dataset"]), folder, "", {})
-    model = make_model(config, run.data)
-    quantize(config, model, make_method(config))
-    state = checkpoint.load(folder / "model.pt")
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise UserError(f"{folder / 'model.pt'} does not fit {path}: {error}") from error
-    return run, model.eval()
-
-
-def evaluate(folder: Path, dataset: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], float, float]:
-    """Evaluate a finished run again: (its result, loss, accuracy in percent)."""
-    run, model = rebuild(folder, dataset)
-    place = device.pick(run.config["device"])
-    device.set_threads(run.config["threads"])
-    model.to(place, memory_format=_format(run.config))  # type: ignore[call-overload]
-    tests = _batches(run, run.data.test, place, False)
-    loss, accuracy = trainer.evaluate(model, tests, place, run.config["train"]["precision"])
-    return run.result() or {}, loss, accuracy
-
-
-def evaluate_checkpoint(config: dict[str, Any], path: Path) -> tuple[float, float]:
-    """(loss, accuracy in percent) of a plain float state_dict on the test set that `config` names."""
-    run = Run(config, load(config["dataset"]), Path(), "", {})
-    place = device.pick(config["device"])
-    device.set_threads(config["threads"])
-    model = make_model(config, run.data)
-    for line in checkpoint.load_weights(model, path):
-        print(f"  {line}")
-    model.to(place, memory_format=_format(config))  # type: ignore[call-overload]
-    return trainer.evaluate(model, _batches(run, run.data.test, place, False), place, config["train"]["precision"])
-
-
-def plan(config: dict[str, Any]) -> dict[str, Any]:
-    """What a run would do: resolved configuration, manifest, steps and an estimate of its seconds; nothing is kept."""
-    run = prepare(config)
-    place = device.pick(config["device"])
-    device.set_threads(config["threads"])
-    model, method, recipe = make_model(config, run.data).to(place), make_method(config), Recipe(**config["train"])
-    parent = Recipe(**config["parent"])
-    kept = quantize(config, model, method)
-    model.to(place, memory_format=_format(config))  # type: ignore[call-overload]
-    train = _batches(run, run.data.train, place, True)
-    x, y = next(iter(train.epoch(0)))
-    times = []
-    for _ in range(3):
-        start = time.monotonic()
-        with trainer.autocast(place, recipe.precision), quantized_weights(model.train()):
-            loss = trainer.criterion(recipe, model(x).float(), y)
-        loss.backward()  # type: ignore[no-untyped-call]
-        times.append(time.monotonic() - start)
-    steps = recipe.total_steps(len(train))
-    needs_parent = config["init"] == "float" and not any(
-        (folder / prepare(parent_of(config), run.data).folder.name / "result.json").is_file()
-        for folder in (COMMITTED, Path(config["out"]))
-    )
-    parent_steps = parent.total_steps(len(train)) if needs_parent else 0
-    return {
-        "config": config,
-        "manifest": surgery.manifest(model, kept),
-        "folder": str(run.folder),
-        "steps": steps,
-        "parent_steps": parent_steps,
-        "seconds": (steps + parent_steps) * min(times),
-    }

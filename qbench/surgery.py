@@ -146,7 +146,9 @@ def size(model: nn.Module) -> dict[str, float]:
         codes, scales = layer.weight_quantizer.stored_bits(layer.weight)
         bits += codes + scales
         weights += torch.Size(layer.weight_shape).numel()
-        counted |= {id(t) for t in (layer.weight, *layer.weight_quantizer.parameters(), *layer.weight_quantizer.buffers())}
+        counted |= {
+            id(t) for t in (layer.weight, *layer.weight_quantizer.parameters(), *layer.weight_quantizer.buffers())
+        }
     rest: list[Tensor] = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in counted]
     floats = 32.0 * sum(t.numel() for t in rest if t.is_floating_point())
     return {"bits_per_weight": bits / weights if weights else 32.0, "bytes": round((bits + floats) / 8)}

@@ -1,49 +1,30 @@
 """calibrate -> train -> evaluate: the only loop that trains a whole net."""
 
-import importlib
 import math
 import signal
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from qbench import checkpoint
-from qbench.errors import UserError, unknown
+from qbench.errors import UserError
+from qbench.evaluation import Batches, autocast, evaluate, rank, world
 from qbench.layers import quant_layers, quantized_weights
 from qbench.method import Hook, Method, State
+from qbench.optim import criterion, make_optimizer, parameter_groups
 from qbench.quantizer import Quantizer
 from qbench.recipe import Recipe
 from qbench.recorder import Recorder, layer_histogram
 from qbench.screen import Screen
-from qbench.surgery import activation_quantizers
 
-OPTIMIZERS = {
-    "sgd": "SGD",
-    "adam": "Adam",
-    "adamw": "AdamW",
-    "adamax": "Adamax",
-    "rmsprop": "RMSprop",
-    "adagrad": "Adagrad",
-    "adadelta": "Adadelta",
-}
 LOGS_PER_EPOCH = 10
-
-
-class Batches(Protocol):
-    """What the trainer needs of data: see qbench.data."""
-
-    def __len__(self) -> int: ...
-
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]: ...
 
 
 class Interrupted(Exception):
@@ -52,7 +33,7 @@ class Interrupted(Exception):
 
 @dataclass
 class Outcome:
-    """What a training phase came to. Accuracies in percent on the test set; `best` was chosen on it, and is named so."""
+    """What a training phase came to. Accuracies in percent on the test set; `best` was chosen on it."""
 
     accuracy_last: float | None = None
     accuracy_best: float | None = None
@@ -63,131 +44,11 @@ class Outcome:
     extra: dict[str, float] = field(default_factory=dict)
 
 
-def rank() -> int:
-    """This process's place among the workers, 0 when alone."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world() -> int:
-    """The number of worker processes."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """bf16 autocast where `precision` says so; quantizers compute in float32 all the same."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
-
-
-def calibrate(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device, precision: str, scratch: bool
-) -> None:
-    """Show every activation quantizer the calibration images, with quantized weights and float activations.
-
-    A net that was never trained has no batch-norm statistics: with `scratch` it runs on those of the batch, and its
-    buffers are put back afterwards.
-    """
-    quantizers = activation_quantizers(model)
-    if not quantizers:
-        return
-    handles = []
-    for q in quantizers.values():
-        q.enabled = False
-        handles.append(q.register_forward_pre_hook(lambda module, args: module.calibrate(args[0].detach().float())))
-    buffers = {name: b.clone() for name, b in model.named_buffers()} if scratch else {}
-    model.train(scratch)
-    with torch.no_grad(), autocast(device, precision), quantized_weights(model):
-        for x, _ in batches:
-            model(x)
-    for handle in handles:
-        handle.remove()
-    own = dict(model.named_buffers())
-    for prefix, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            for leaf in dict(module.named_buffers(recurse=False)):
-                name = f"{prefix}.{leaf}" if prefix else leaf
-                if name in buffers:
-                    own[name].copy_(buffers[name])
-    for q in quantizers.values():
-        q.finish_calibration()
-        q.enabled = True
-
-
-def evaluate(model: nn.Module, batches: Batches, device: torch.device, precision: str) -> tuple[float, float]:
-    """(mean cross-entropy, accuracy in percent) over all images, counted over all workers."""
-    model.eval()
-    totals = torch.zeros(3, dtype=torch.float64, device=device)
-    with torch.no_grad(), autocast(device, precision), quantized_weights(model):
-        for x, y in batches.epoch(0):
-            logits = model(x).float()
-            totals[0] += F.cross_entropy(logits, y, reduction="sum")
-            totals[1] += (logits.argmax(1) == y).sum()
-            totals[2] += len(y)
-    if dist.is_initialized():
-        dist.all_reduce(totals)
-    loss, correct, count = totals.tolist()
-    return loss / count, 100.0 * correct / count
-
-
-def parameter_groups(model: nn.Module, hooks: Sequence[Hook], method: Method, recipe: Recipe) -> list[dict[str, Any]]:
-    """Optimizer groups: the run's weight decay, none for parameters of quantizers, and what the method says.
-
-    Errors: ValueError when a method's pattern matches no parameter.
-    """
-    inside = {id(p) for m in model.modules() if isinstance(m, Quantizer) for p in m.parameters()}
-    used: set[int] = set()
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    named = [*model.named_parameters(), *((f"hook.{n}", p) for h in hooks for n, p in h.named_parameters())]
-    for name, p in named:
-        decay, scale = 0.0 if id(p) in inside else recipe.weight_decay, 1.0
-        for i, group in enumerate(method.param_groups):
-            if fnmatchcase(name, group["match"]):
-                used.add(i)
-                asked = group.get("weight_decay", decay)
-                decay, scale = (recipe.weight_decay if asked == "same" else float(asked)), group.get("lr_scale", 1.0)
-                break
-        groups.setdefault((decay, scale), []).append(p)
-    for i, group in enumerate(method.param_groups):
-        if i not in used and not group.get("optional"):
-            raise ValueError(f"parameter group '{group['match']}' of {method.name} matches none of: {[n for n, _ in named]}")
-    return [{"params": ps, "weight_decay": d, "lr_scale": s} for (d, s), ps in groups.items()]
-
-
-def make_optimizer(groups: list[dict[str, Any]], recipe: Recipe) -> torch.optim.Optimizer:
-    """The optimizer that the recipe names, from torch.optim or by its dotted path."""
-    if "." in recipe.optimizer:
-        module, _, name = recipe.optimizer.rpartition(".")
-        try:
-            cls = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError) as error:
-            raise UserError(f"train.optimizer={recipe.optimizer} cannot be imported: {error}") from error
-        return cls(groups, lr=recipe.lr)  # type: ignore[no-any-return]
-    if recipe.optimizer not in OPTIMIZERS:
-        raise unknown("train.optimizer", recipe.optimizer, OPTIMIZERS)
-    cls = getattr(torch.optim, OPTIMIZERS[recipe.optimizer])
-    options: dict[str, Any] = {}
-    if recipe.optimizer == "sgd":
-        options = {"momentum": recipe.momentum, "nesterov": recipe.nesterov}
-    elif recipe.optimizer in ("adam", "adamw", "adamax"):
-        options = {"betas": tuple(recipe.betas)}
-    return cls(groups, lr=recipe.lr, **options)  # type: ignore[no-any-return]
-
-
-def criterion(recipe: Recipe, logits: Tensor, labels: Tensor) -> Tensor:
-    """The recipe's loss on float32 logits, mean over the batch.
-
-    squared_hinge: mean of max(0, 1 - t * y)^2 with targets t of -1 / +1 (arXiv 1511.00363, Sec. 3).
-    """
-    if recipe.loss == "squared_hinge":
-        target = F.one_hot(labels, logits.shape[1]).to(logits.dtype) * 2 - 1
-        return (1 - target * logits).clamp_min(0).square().mean()
-    return F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
-
-
 class Trainer:
     """Trains one net by one recipe, from a checkpoint where there is one.
 
-    Everything that decides the next step is a pure function of the step number or is in the checkpoint, so that a run cut off
-    anywhere ends with the same weights as one that was not.
+    Everything that decides the next step is a pure function of the step number or is in the checkpoint, so that a run cut
+    off anywhere ends with the same weights as one that was not.
     """
 
     def __init__(
@@ -357,7 +218,8 @@ class Trainer:
     def _forward_backward(self, share: float) -> Tensor:
         """Forward and backward of one micro-batch, `share` of the batch; its loss, detached."""
         state = self.state
-        assert state.inputs is not None and state.labels is not None
+        assert state.inputs is not None
+        assert state.labels is not None
         with autocast(self.device, self.recipe.precision):
             if self.compile:  # the compiled graph quantizes the weights itself
                 state.logits = self.net(state.inputs)

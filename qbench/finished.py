@@ -1,0 +1,95 @@
+"""What can be done with a run before and after it is computed: plan it, evaluate it again, take its net."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import nn
+
+from qbench import checkpoint, device, evaluation, surgery
+from qbench.data import load
+from qbench.errors import UserError
+from qbench.layers import quantized_weights
+from qbench.optim import criterion
+from qbench.recipe import Recipe
+from qbench.resolve import parent_of
+from qbench.run import COMMITTED, Run, make_batches, make_method, make_model, memory_format, prepare, quantize
+
+
+def rebuild(folder: Path, dataset: Mapping[str, Any] | None = None) -> tuple[Run, nn.Module]:
+    """The trained, quantized net of a finished run, and the run; `dataset` replaces keys of the run's data set."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{folder} is not a finished run: it has no config.yaml")
+    config = yaml.safe_load(path.read_text())
+    config["dataset"].update(dataset or {})
+    run = Run(config, load(config["dataset"]), folder, "", {})
+    model = make_model(config, run.data)
+    quantize(config, model, make_method(config))
+    state = checkpoint.load(folder / "model.pt")
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"{folder / 'model.pt'} does not fit {path}: {error}") from error
+    return run, model.eval()
+
+
+def evaluate(folder: Path, dataset: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], float, float]:
+    """Evaluate a finished run again: (its result, loss, accuracy in percent)."""
+    run, model = rebuild(folder, dataset)
+    place = device.pick(run.config["device"])
+    device.set_threads(run.config["threads"])
+    model.to(place, memory_format=memory_format(run.config))  # type: ignore[call-overload]
+    tests = make_batches(run, run.data.test, place, False)
+    loss, accuracy = evaluation.evaluate(model, tests, place, run.config["train"]["precision"])
+    return run.result() or {}, loss, accuracy
+
+
+def evaluate_checkpoint(config: dict[str, Any], path: Path) -> tuple[float, float]:
+    """(loss, accuracy in percent) of a plain float state_dict on the test set that `config` names."""
+    run = Run(config, load(config["dataset"]), Path(), "", {})
+    place = device.pick(config["device"])
+    device.set_threads(config["threads"])
+    model = make_model(config, run.data)
+    for line in checkpoint.load_weights(model, path):
+        print(f"  {line}")
+    model.to(place, memory_format=memory_format(config))  # type: ignore[call-overload]
+    return evaluation.evaluate(
+        model, make_batches(run, run.data.test, place, False), place, config["train"]["precision"]
+    )
+
+
+def plan(config: dict[str, Any]) -> dict[str, Any]:
+    """What a run would do: resolved configuration, manifest, steps and an estimate of its seconds; nothing is kept."""
+    run = prepare(config)
+    place = device.pick(config["device"])
+    device.set_threads(config["threads"])
+    model, method, recipe = make_model(config, run.data).to(place), make_method(config), Recipe(**config["train"])
+    parent = Recipe(**config["parent"])
+    kept = quantize(config, model, method)
+    model.to(place, memory_format=memory_format(config))  # type: ignore[call-overload]
+    train = make_batches(run, run.data.train, place, True)
+    x, y = next(iter(train.epoch(0)))
+    times = []
+    for _ in range(3):
+        start = time.monotonic()
+        with evaluation.autocast(place, recipe.precision), quantized_weights(model.train()):
+            loss = criterion(recipe, model(x).float(), y)
+        loss.backward()  # type: ignore[no-untyped-call]
+        times.append(time.monotonic() - start)
+    steps = recipe.total_steps(len(train))
+    needs_parent = config["init"] == "float" and not any(
+        (folder / prepare(parent_of(config), run.data).folder.name / "result.json").is_file()
+        for folder in (COMMITTED, Path(config["out"]))
+    )
+    parent_steps = parent.total_steps(len(train)) if needs_parent else 0
+    return {
+        "config": config,
+        "manifest": surgery.manifest(model, kept),
+        "folder": str(run.folder),
+        "steps": steps,
+        "parent_steps": parent_steps,
+        "seconds": (steps + parent_steps) * min(times),
+    }
