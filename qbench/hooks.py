@@ -105,7 +105,7 @@ class QuantizeUpdate(Hook):
         self.grad_quantizer = None if grad is None else grad(self, "grad")
         self.momentum = momentum
 
-    def _stored(self, state: State) -> list[nn.Parameter]:
+    def _stored(self, state: State) -> list[Tensor]:
         return [p for _, layer in quant_layers(state.model) for p in (layer.weight, layer.bias) if p is not None]
 
     @torch.no_grad()

@@ -15,7 +15,8 @@ class QuantLayer(nn.Module):
     """A convolution or linear layer around which a weight, input, output and error quantizer may sit.
 
     `weight` is the latent: what the optimizer trains. It keeps the float layer's key and, unless the quantizer's latent
-    has another shape, its shape. Forward: y = op(Q_in(x), Q_w(weight)) + bias; the gradient of y passes through Q_error.
+    has another shape, its shape. Forward: y = op(Q_in(x), Q_w(weight)) + bias; the gradient of y passes through
+    Q_error.
     """
 
     def __init__(self, layer: nn.Conv2d | nn.Linear) -> None:
@@ -55,7 +56,8 @@ class QuantLayer(nn.Module):
     def apply_op(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The float operation of this layer."""
         if self.conv:
-            return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)  # type: ignore[arg-type]
+            shape = (self.stride, self.padding, self.dilation, self.groups)
+            return F.conv2d(x, weight, bias, *shape)  # type: ignore[arg-type]
         return F.linear(x, weight, bias)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -14,11 +14,11 @@ Factory = Callable[..., Any]
 class Rule:
     """Which modules are touched, and how. The first rule that matches a module wins.
 
-    match: a glob on the module's name, or '@first' / '@last' among the modules of `kind`. kind: class names, '|' between
-    them (globs allowed). pair: class name of the module that consumes this one's output (conv + batch-norm); the factory in
-    `replace` then gets both. weight / input / output / error: factories called with (layer, site). replace: a factory
-    called with (module, 'replace') that makes the new module; the other sites then sit on it. keep: leave it alone, with the reason shown in the manifest.
-    optional: matching nothing is no error.
+    match: a glob on the module's name, or '@first' / '@last' among the modules of `kind`. kind: class names, '|'
+    between them (globs allowed). pair: class name of the module that consumes this one's output (conv + batch-norm);
+    the factory in `replace` then gets both. weight / input / output / error: factories called with (layer, site).
+    replace: a factory called with (module, 'replace') that makes the new module; the other sites then sit on it. keep:
+    leave it alone, with the reason shown in the manifest. optional: matching nothing is no error.
     """
 
     match: str = "*"
@@ -92,9 +92,10 @@ class Hook(nn.Module):
 class Method:
     """A paper's method, declared in conf/method/<name>.yaml.
 
-    w_bits / a_bits: what may be asked for, as {default, lo, hi, float, fractional} or {default, only: [..]}; 32 is float.
-    init: 'float' (start from the float parent) or 'scratch' in the short budgets; recipe: what budget=paper means;
-    budgets: what this method changes in the other budgets. needs: model options used unless the user chose otherwise.
+    w_bits / a_bits: what may be asked for, as {default, lo, hi, float, fractional} or {default, only: [..]}; 32 is
+    float. init: 'float' (start from the float parent) or 'scratch' in the short budgets; recipe: what budget=paper
+    means; budgets: what this method changes in the other budgets. needs: model options used unless the user chose
+    otherwise.
     """
 
     name: str

@@ -16,10 +16,10 @@ class Recipe:
     """One training phase. Durations: exactly one of `epochs` and `steps`.
 
     lr is the highest learning rate; `schedule` shapes it over the phase: constant | step (times `gamma` at each of
-    `milestones`, in epochs) | cosine | linear (both to 0) | exponential (to lr * gamma at the end) | onecycle (linear up
-    over the first 30 %, cosine down to 0). `warmup`: epochs of linear rise from 0 before it. `accumulate`: micro-batches
-    per step. `evaluate_every`: epochs between evaluations on the test set. `calibration`: images that set the first ranges.
-    `clip_grad`: highest gradient norm, 0 is off. `loss`: cross_entropy | squared_hinge.
+    `milestones`, in epochs) | cosine | linear (both to 0) | exponential (to lr * gamma at the end) | onecycle (linear
+    up over the first 30 %, cosine down to 0). `warmup`: epochs of linear rise from 0 before it. `accumulate`:
+    micro-batches per step. `evaluate_every`: epochs between evaluations on the test set. `calibration`: images that set
+    the first ranges. `clip_grad`: highest gradient norm, 0 is off. `loss`: cross_entropy | squared_hinge.
     """
 
     epochs: float | None = None

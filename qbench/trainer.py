@@ -47,8 +47,8 @@ class Outcome:
 class Trainer:
     """Trains one net by one recipe, from a checkpoint where there is one.
 
-    Everything that decides the next step is a pure function of the step number or is in the checkpoint, so that a run cut
-    off anywhere ends with the same weights as one that was not.
+    Everything that decides the next step is a pure function of the step number or is in the checkpoint, so that a run
+    cut off anywhere ends with the same weights as one that was not.
     """
 
     def __init__(
