@@ -44,6 +44,21 @@ COMMANDS = ("list", "table", "eval", "compare", "help")
 SINGLE: list[
     int | BaseException
 ] = []  # what a single run came to: hydra.main returns nothing, and prints errors its own way
+# What other tools call our options.
+SYNONYMS = {
+    "learning_rate": "lr",
+    "wd": "weight_decay",
+    "batch": "batch_size",
+    "bit_width": "bits",
+    "bitwidth": "bits",
+    "n_bits": "bits",
+    "wbits": "w_bits",
+    "abits": "a_bits",
+    "num_epochs": "epochs",
+    "arch": "model",
+    "data": "dataset",
+    "gpu": "device",
+}
 FLAGS_WITH_VALUE = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--package", "-p")
 
 
@@ -232,17 +247,29 @@ def _check_names(keys: Sequence[str], groups: Sequence[str]) -> None:
     for key in keys:
         if key in known or key in catalog.GROUPS or re.sub(r"[.\[]\d+\]?", "", key) in known:
             continue
-        inner = [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]]
-        hint = inner[0] if inner else nearest(key, known) or nearest(key.rpartition(".")[2], catalog.GROUPS)
+        last = SYNONYMS.get(key.rpartition(".")[2], key.rpartition(".")[2])
+        inner = [k for k in known if k.rpartition(".")[2] == last]
+        hint = inner[0] if inner else _nearest(key, known)
         method = next((g for g in groups if g.startswith("method=")), "method=pact")
-        options = [k for k in known if k.startswith("options.")]
-        more = f" Options of {method}: {', '.join(options) or 'none'}." if "options" in key or not hint else ""
+        options = [k for k in known if k.startswith("options.") and not OmegaConf.is_dict(OmegaConf.select(config, k))]
+        own = ", ".join(k for k in options if k.count(".") == 1) or "none"
+        more = f" Options of {method}: {own}." if "options" in key or not hint else ""
         raise UserError(
             f"unknown option '{key}'."
             + (f" Did you mean '{hint}'?" if hint else "")
             + more
             + " All options: conf/config.yaml and qbench --help."
         )
+
+
+def _nearest(key: str, known: Sequence[str]) -> str | None:
+    """The known name most like `key`: among its siblings where its parent exists, else among all."""
+    parent, _, last = key.rpartition(".")
+    siblings = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == parent]
+    if parent and siblings:
+        found = nearest(last, siblings)
+        return f"{parent}.{found}" if found else None
+    return nearest(key, [*known, *catalog.GROUPS])
 
 
 def _hydra(args: list[str]) -> int:

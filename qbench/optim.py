@@ -9,20 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qbench.errors import UserError, unknown
+from qbench.errors import UserError
 from qbench.method import Hook, Method
 from qbench.quantizer import Quantizer
-from qbench.recipe import Recipe
-
-OPTIMIZERS = {
-    "sgd": "SGD",
-    "adam": "Adam",
-    "adamw": "AdamW",
-    "adamax": "Adamax",
-    "rmsprop": "RMSprop",
-    "adagrad": "Adagrad",
-    "adadelta": "Adadelta",
-}
+from qbench.recipe import OPTIMIZERS, Recipe
 
 
 def parameter_groups(model: nn.Module, hooks: Sequence[Hook], method: Method, recipe: Recipe) -> list[dict[str, Any]]:
@@ -60,8 +50,6 @@ def make_optimizer(groups: list[dict[str, Any]], recipe: Recipe) -> torch.optim.
         except (ImportError, AttributeError) as error:
             raise UserError(f"train.optimizer={recipe.optimizer} cannot be imported: {error}") from error
         return cls(groups, lr=recipe.lr)  # type: ignore[no-any-return]
-    if recipe.optimizer not in OPTIMIZERS:
-        raise unknown("train.optimizer", recipe.optimizer, OPTIMIZERS)
     cls = getattr(torch.optim, OPTIMIZERS[recipe.optimizer])
     options: dict[str, Any] = {}
     if recipe.optimizer == "sgd":

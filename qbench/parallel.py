@@ -30,12 +30,19 @@ def in_workers(config: dict[str, Any], workers: int) -> dict[str, Any]:
     prepare(config)  # decode and check the data once, before the workers want them
     threads = config["threads"] or max(1, device.set_threads(None) // workers)
     with tempfile.TemporaryDirectory(prefix="qbench-workers-") as folder:
-        mp.start_processes(  # type: ignore[attr-defined]
-            _work, args=(workers, {**config, "threads": threads}, folder), nprocs=workers, start_method="spawn"
-        )
-        note = json.loads((Path(folder) / "0.json").read_text())
-    if "result" in note:
-        return dict(note["result"])
+        ended = ""
+        try:
+            mp.start_processes(  # type: ignore[attr-defined]
+                _work, args=(workers, {**config, "threads": threads}, folder), nprocs=workers, start_method="spawn"
+            )
+        except mp.ProcessExitedException as error:  # type: ignore[attr-defined]
+            ended = str(error)
+        notes = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))]
+    note = next((n for n in notes if "result" not in n), None)
+    if note is None and not ended:
+        return dict(notes[0]["result"])
+    if note is None:
+        raise UserError(f"a worker ended ({ended}). The same command goes on from the last checkpoint.")
     if note["kind"] == "Interrupted":
         from qbench.trainer import Interrupted
 

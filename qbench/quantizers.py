@@ -342,7 +342,8 @@ class FixedPoint(Quantizer):
         if self.rounding == "nearest" or (self.rounding == "stochastic" and not self.training):
             below = z.round_()
         elif self.rounding == "stochastic":  # noise on the remainder alone: z + u in float32 would move grid points
-            below += ops.stochastic_round(z.sub_(below), self.generator)
+            noise = torch.rand(z.shape, generator=self.generator, device=z.device, dtype=z.dtype)
+            below += noise.add_(z.sub_(below)).floor_()
         half = 2 ** (int(self.bits) - 1)
         return below.clamp_(-half, half - 1)
 

@@ -9,6 +9,16 @@ from qbench.errors import UserError, unknown
 
 SCHEDULES = ("constant", "step", "cosine", "linear", "exponential", "onecycle")
 PRECISIONS = ("fp32", "bf16")
+# Names for `optimizer`, beside the dotted path of any class, and what torch.optim calls them.
+OPTIMIZERS = {
+    "sgd": "SGD",
+    "adam": "Adam",
+    "adamw": "AdamW",
+    "adamax": "Adamax",
+    "rmsprop": "RMSprop",
+    "adagrad": "Adagrad",
+    "adadelta": "Adadelta",
+}
 
 
 @dataclass(frozen=True)
@@ -60,12 +70,22 @@ class Recipe:
             fail("steps", "a whole number")
         if self.batch_size % self.accumulate:
             fail("accumulate", f"a divisor of batch_size={self.batch_size}")
-        if not 0 <= self.label_smoothing < 1:
+        if not (_is_number(self.label_smoothing) and 0 <= self.label_smoothing < 1):
             fail("label_smoothing", "in 0..1")
         if not (_is_number(self.momentum) and 0 <= self.momentum < 1):
             fail("momentum", "in 0..1")
-        if self.evaluate_every <= 0:
+        if not (_is_number(self.evaluate_every) and self.evaluate_every > 0):
             fail("evaluate_every", "above 0 (epochs)")
+        if not (_is_number(self.gamma) and self.gamma > 0):
+            fail("gamma", "above 0")
+        for name, form in (("milestones", "a list of numbers (epochs)"), ("betas", "two numbers in 0..1")):
+            value = getattr(self, name)
+            if not isinstance(value, (list, tuple)) or not all(map(_is_number, value)):
+                fail(name, form)
+        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+            fail("betas", "two numbers in 0..1")
+        if "." not in str(self.optimizer) and self.optimizer not in OPTIMIZERS:
+            raise unknown("train.optimizer", str(self.optimizer), OPTIMIZERS)
         for name, choices in (
             ("schedule", SCHEDULES),
             ("precision", PRECISIONS),

@@ -34,6 +34,8 @@ def resolve(config: DictConfig) -> dict[str, Any]:
         config.w_bits, config.a_bits = bits.resolve(raw, config.bits, config.w_bits, config.a_bits)  # type: ignore[arg-type]
     except UserError as error:
         raise NotApplicable(str(error)) from error
+    recipe_init = (raw.get("recipe") or {}).get("init", raw["init"])
+    config.init = config.init or (recipe_init if config.budget.name == "paper" else raw["init"])
     whole = OmegaConf.to_container(config, resolve=True)
     assert isinstance(whole, dict)
     plain: dict[str, Any] = {str(k): v for k, v in whole.items() if k != "bits"}
@@ -41,8 +43,8 @@ def resolve(config: DictConfig) -> dict[str, Any]:
     method, budget = plain["method"], plain["budget"]
     paper = budget["name"] == "paper"
     recipe = dict(method.get("recipe") or {})
-    recipe_model, recipe_init = recipe.pop("model", {}), recipe.pop("init", method["init"])
-    plain["init"] = plain["init"] or (recipe_init if paper else method["init"])
+    recipe.pop("init", None)
+    recipe_model = recipe.pop("model", {})
     needs = {**(method.get("needs") or {}), **(recipe_model if paper else {})}
     model = plain["model"]
     model.update({k: v for k, v in needs.items() if k in model and model[k] is None})

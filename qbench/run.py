@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import yaml
 from filelock import FileLock, Timeout
 from hydra.errors import InstantiationException
@@ -108,6 +109,8 @@ def prepare(config: dict[str, Any], data: DataSet | None = None) -> Run:
     """Load the data and name the run's folder."""
     data = load(config["dataset"]) if data is None else data
     facts = {k: getattr(data, k) for k in ("name", "checksum", "augment", "mean", "std")}
+    if data.classes != int(data.train.labels.max()) + 1:  # else the labels say it, and the checksum holds them
+        facts["classes"] = data.classes
     init = config["init"]
     if init == "float":
         parent = parent_of(config)
@@ -115,6 +118,8 @@ def prepare(config: dict[str, Any], data: DataSet | None = None) -> Run:
     elif init != "scratch":
         init = files.sha256_file(_checkpoint_file(init))
     whole = identity(config, facts, init)
+    if config["distill"]["weight"] and not init.startswith("float "):
+        whole["teacher"] = digest(identity(parent_of(config), facts, "scratch"))
     key = digest(whole)
     return Run(config, data, Path(config["out"]) / folder_name(config, key), key, whole)
 
@@ -226,6 +231,10 @@ def _compute(run: Run, screen: Screen) -> dict[str, Any]:
     place = device.pick(config["device"])
     threads = device.set_threads(config["threads"])
     method, recipe = make_method(config), Recipe(**config["train"])
+    with clear_errors("distill"):
+        hooks = [Distill(**config["distill"])] if config["distill"]["weight"] else []
+    if config["init"] == "float":
+        quantize(config, make_model(config, data), method)  # a wrong option shows before the parent is trained
     model = make_model(config, data)
     accuracy_float = start_weights(run, model, screen)
     model.to(place, memory_format=memory_format(config))  # type: ignore[call-overload]
@@ -241,23 +250,24 @@ def _compute(run: Run, screen: Screen) -> dict[str, Any]:
     resumed = _resume_step(run.folder)
     recorder = Recorder(run.folder, resume_step=resumed, tensorboard=config["tensorboard"]) if writer else None
     generator = torch.Generator(place).manual_seed(_seed(config["seed"], f"train {evaluation.rank()}"))
-    loop = trainer.Trainer(
-        model,
-        method,
-        recipe,
-        make_batches(run, data.train, place, True),
-        tests,
-        folder=run.folder,
-        recorder=recorder,
-        device=place,
-        generator=generator,
-        screen=screen,
-        hooks=[Distill(**config["distill"])] if config["distill"]["weight"] else [],
-        teacher=teacher,
-        compile=config["compile"],
-        checkpoint_seconds=config["checkpoint_seconds"],
-        phase=f"{method.name} training" if method.name != "float" else "float training",
-    )
+    with clear_errors(f"method={method.name}"):
+        loop = trainer.Trainer(
+            model,
+            method,
+            recipe,
+            make_batches(run, data.train, place, True),
+            tests,
+            folder=run.folder,
+            recorder=recorder,
+            device=place,
+            generator=generator,
+            screen=screen,
+            hooks=hooks,
+            teacher=teacher,
+            compile=config["compile"],
+            checkpoint_seconds=config["checkpoint_seconds"],
+            phase=f"{method.name} training" if method.name != "float" else "float training",
+        )
     before = _calibrated(run, loop, screen)
     outcome = loop.train() if loop.total else trainer.Outcome(before, before, 0.0)
     if not loop.total:
@@ -270,6 +280,8 @@ def _compute(run: Run, screen: Screen) -> dict[str, Any]:
     if writer and recorder is not None:
         _write(run, model, kept, recorder, result)
         tell(run.folder, result, screen.line)
+    if dist.is_initialized():
+        dist.barrier()  # the others may want to read what the first worker has just written
     return {**result, "folder": str(run.folder)}
 
 

@@ -170,7 +170,7 @@ class Trainer:
                         view.advance(step, note)
                     if step % every == 0 or step == self.total:
                         self._evaluate(view)
-                    if self.stop:
+                    if self._asked_to_stop():
                         self._interrupt()
                     if time.monotonic() - self.saved > self.checkpoint_seconds and world() == 1:
                         self._save_finite()
@@ -352,6 +352,14 @@ class Trainer:
         if self.stop:
             raise KeyboardInterrupt
         self.stop = True
+
+    def _asked_to_stop(self) -> bool:
+        """Whether any worker was asked to: all of them stop after the same step."""
+        if world() == 1:
+            return self.stop
+        flag = torch.tensor(float(self.stop), device=self.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)
 
     def _interrupt(self) -> None:
         self._save_finite()

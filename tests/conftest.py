@@ -67,7 +67,7 @@ def tiny(cli: Callable[..., Said]) -> Callable[..., Said]:
 
 @pytest.fixture
 def process(tmp_path: Path) -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
-    """process(*words): `python -m qbench *words`, started in an empty folder; whatever still runs is killed at the end."""
+    """process(*words): `python -m qbench *words`, started in an empty folder; what still runs at the end is killed."""
     started: list[subprocess.Popen[str]] = []
 
     def start(*words: object, **environment: str) -> "subprocess.Popen[str]":

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qbench import bits, catalog, checkpoint, surgery, trainer
+from qbench import bits, catalog, checkpoint, evaluation, optim, surgery, trainer
 from qbench.cli import _compose
 from qbench.data import load
 from qbench.layers import QuantLayer, quant_layers, quantized_weights
@@ -22,7 +22,7 @@ from qbench.method import Method
 from qbench.quantizer import Quantizer
 from qbench.recipe import Recipe
 from qbench.resolve import parent_of, resolve
-from qbench.run import Run, _batches, make_method, make_model, quantize
+from qbench.run import Run, make_batches, make_method, make_model, quantize
 from qbench.screen import Screen
 
 FILES = sorted((catalog.conf_folder() / "method").glob("*.yaml"))
@@ -57,7 +57,7 @@ class Case:
 def build(config: dict[str, Any], folder: Path) -> Case:
     run = Run(config, load(config["dataset"]), folder, "", {})
     model, method, cpu = make_model(config, run.data), make_method(config), torch.device("cpu")
-    train, test = _batches(run, run.data.train, cpu, True), _batches(run, run.data.test, cpu, False)
+    train, test = make_batches(run, run.data.train, cpu, True), make_batches(run, run.data.test, cpu, False)
     x = next(train.epoch(0))[0]
     model.train()
     with torch.no_grad():
@@ -79,7 +79,7 @@ def build(config: dict[str, Any], folder: Path) -> Case:
         checkpoint_seconds=1e9,
     )
     checkpoint.seed_all(0)
-    trainer.calibrate(model, test.epoch(0), cpu, "fp32", config["init"] == "scratch")
+    evaluation.calibrate(model, test.epoch(0), cpu, "fp32", config["init"] == "scratch")
     for hook in loop.own_hooks():
         hook.after_calibrate(loop.state)
     return Case(config, run, method, model, kept, loop, x)
@@ -151,7 +151,7 @@ def test_every_rule_and_parameter_group_matches(case: Case) -> None:
     chosen = [id(rule) for rule in surgery.matches(fresh, case.method.rules).values()]
     dead = [r for r in case.method.rules if id(r) not in chosen and not r.optional]
     assert not dead
-    groups = trainer.parameter_groups(case.model, case.loop.own_hooks(), case.method, case.loop.recipe)
+    groups = optim.parameter_groups(case.model, case.loop.own_hooks(), case.method, case.loop.recipe)
     names = [n for n, _ in case.model.named_parameters()]
     names += [f"hook.{n}" for h in case.loop.own_hooks() for n, _ in h.named_parameters()]
     for group in case.method.param_groups:  # `optional` is for other widths; here all must be found

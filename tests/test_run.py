@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qbench import checkpoint
-from qbench.run import rebuild
+from qbench.finished import evaluate, rebuild
 
 KEYS = {
     "method", "model", "dataset", "budget", "w_bits", "a_bits", "seed", "protocol", "init", "float_accuracy",
@@ -144,8 +144,6 @@ def test_a_checkpoint_trained_on_other_data_is_refused(tiny: Cli, tmp_path: Path
 def test_eval_gives_the_recorded_accuracy(tiny: Cli, cli: Cli, tmp_path: Path, method: str) -> None:
     tiny(f"method={method}", "out=o", f"bits={2 if method == 'flexor' else 4}")
     folder, result = folder_of(tmp_path / "o", method), result_of(tmp_path / "o", method)
-    from qbench.run import evaluate
-
     assert evaluate(folder)[2] == result["accuracy_last"]
     for path in (folder, folder / "model.pt"):
         said = cli("eval", path)
