@@ -47,6 +47,10 @@ class QuantLayer(nn.Module):
         self.weight = nn.Parameter(latent.clone())
         self.weight_quantizer = quantizer
 
+    def source(self) -> Tensor:
+        """What the weight quantizer sees: the latent, or what a layer makes of it."""
+        return self.weight
+
     def quantized_weight(self) -> Tensor:
         """The weight on its grid: the one of the net-wide pass where there is one, else computed here."""
         if self._weight_hat is not None:

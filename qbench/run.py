@@ -395,5 +395,9 @@ def _write(run: Run, model: nn.Module, kept: dict[str, str], recorder: Recorder,
         plots.histograms(folder, result)
     recorder.result(result)
     recorder.close()
-    for name in ("checkpoint.pt", "before.json"):
-        (folder / name).unlink(missing_ok=True)
+    for path in (
+        folder / "checkpoint.pt",
+        folder / "before.json",
+        *folder.glob(".*.*"),
+    ):  # .*.*: writes cut off by a kill
+        path.unlink(missing_ok=True)

@@ -16,9 +16,16 @@ def _is_kind(module: nn.Module, kind: str) -> bool:
     return any(fnmatchcase(type(module).__name__, k) for k in kind.split("|"))
 
 
+class _Tracer(fx.Tracer):
+    """Sees every module without children as one node, ours (Add) as well as torch's."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return super().is_leaf_module(m, module_qualified_name) or not any(True for _ in m.children())
+
+
 def pairs(model: nn.Module) -> dict[str, str]:
     """{producer: consumer} for modules whose output only one other module reads, from the traced graph."""
-    graph = fx.symbolic_trace(model).graph
+    graph = _Tracer().trace(model)
     found = {}
     for node in graph.nodes:
         if node.op == "call_module" and len(node.users) == 1:
@@ -38,11 +45,11 @@ def matches(model: nn.Module, rules: Sequence[Rule]) -> dict[str, Rule]:
     chosen: dict[str, Rule] = {}
     for rule in rules:
         names = [n for n, m in modules.items() if _is_kind(m, rule.kind)]
-        if rule.pair:
-            names = [n for n in names if n in consumers and _is_kind(modules[consumers[n]], rule.pair)]
         hits = {"@first": names[:1], "@last": names[-1:]}.get(rule.match)
         if hits is None:
             hits = [n for n in names if fnmatchcase(n, rule.match)]
+        if rule.pair:
+            hits = [n for n in hits if n in consumers and _is_kind(modules[consumers[n]], rule.pair)]
         if not hits and not rule.optional:
             shown = ", ".join(names[:30]) or "none"
             raise ValueError(f"rule '{rule.match}' (kind {rule.kind}) matches nothing; candidates: {shown}")

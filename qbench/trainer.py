@@ -116,6 +116,8 @@ class Trainer:
         self.saved = time.monotonic()
         self.last_saved_step = self.state.step
         if rank() == 0:
+            if self.recorder is not None:
+                self.recorder.flush()
             elapsed = self.outcome.seconds + time.monotonic() - self.started
             checkpoint.save(
                 self.checkpoint_path,
@@ -327,9 +329,10 @@ class Trainer:
             for name, layer in quant_layers(self.model):
                 q = layer.weight_quantizer
                 if q is not None:
-                    codes = q.codes(layer.weight)
+                    source = layer.source().detach()
+                    codes = q.codes(source)
                     use = codes.codes if codes.kind != "planes" else _plane_codes(codes.codes)
-                    layers[name] = layer_histogram(layer.weight.detach(), q(layer.weight).detach(), use, q.levels)
+                    layers[name] = layer_histogram(source, q(source), use, q.levels)
         if layers:
             self.recorder.histograms(self.state.step, self.state.epoch, layers)
 

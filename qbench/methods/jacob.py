@@ -159,6 +159,10 @@ class FoldedLayer(QuantLayer):
         mean, var = self.statistics
         return self._weight(self._inverse(var)), self._bias(self._inverse(var), mean)
 
+    def source(self) -> Tensor:
+        """The float weight that inference quantizes."""
+        return self.folded()[0]
+
     def quantized_weight(self) -> Tensor:
         """The folded weight of inference on its grid."""
         return self._quantize(self.folded()[0])

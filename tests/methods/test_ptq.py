@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qbench import surgery, trainer
+from qbench import evaluation, surgery
 from qbench.layers import QuantLayer, quant_layers
 from qbench.method import Rule
 from qbench.methods.ptq import fold
@@ -43,7 +43,7 @@ def rules(w_bits: int, a_bits: int, **weight: object) -> list[Rule]:
 def quantized(model: nn.Module, x: Tensor, recipe: list[Rule]) -> nn.Module:
     model = deepcopy(model)
     surgery.quantize(model, recipe)
-    trainer.calibrate(model, [(x, x)], torch.device("cpu"), "fp32", scratch=False)
+    evaluation.calibrate(model, [(x, x)], torch.device("cpu"), "fp32", scratch=False)
     return model.eval()
 
 
@@ -137,7 +137,7 @@ def test_ranges_do_not_depend_on_how_the_images_are_cut_into_batches() -> None:
     for size in (16, 4):
         net = deepcopy(model)
         surgery.quantize(net, rules(8, 8))
-        trainer.calibrate(net, [(part, part) for part in x.split(size)], torch.device("cpu"), "fp32", scratch=False)
+        evaluation.calibrate(net, [(part, part) for part in x.split(size)], torch.device("cpu"), "fp32", scratch=False)
         nets.append(net)
     for (_, a), (_, b) in zip(*(quant_layers(net) for net in nets), strict=True):
         assert a.input_quantizer is not None

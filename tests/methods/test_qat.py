@@ -9,7 +9,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
-from qbench import resolve, run, surgery, trainer
+from qbench import evaluation, resolve, run, surgery
 from qbench.errors import UserError
 from qbench.hooks import EnableAfter
 from qbench.layers import quantized_weights
@@ -46,7 +46,7 @@ def net(*words: str, model: nn.Module | None = None) -> nn.Module:
             model(random(8, 3, 16, 16, seed=seed))
     model.eval()
     surgery.quantize(model, method(*words).rules)
-    trainer.calibrate(model, [(random(8, 3, 16, 16), LAYER.weight)], torch.device("cpu"), "fp32", scratch=False)
+    evaluation.calibrate(model, [(random(8, 3, 16, 16), LAYER.weight)], torch.device("cpu"), "fp32", scratch=False)
     return model
 
 
