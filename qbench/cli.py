@@ -292,6 +292,8 @@ def _hydra(args: list[str]) -> int:
         return outcome
     with tempfile.TemporaryDirectory(prefix="qbench-sweep-") as folder:
         os.environ["QBENCH_SWEEP"] = folder
+        if any(o.startswith("hydra/launcher=") and not o.endswith("=basic") for o in overrides):
+            os.environ.setdefault("OMP_NUM_THREADS", "1")  # runs side by side: one thread each
         try:
             run()
         finally:

@@ -29,7 +29,8 @@ def set_threads(threads: int | None) -> int:
     if threads is not None and (not isinstance(threads, int) or threads < 1):
         raise UserError(f"threads must be a whole number of at least 1, got {threads!r}")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    count = threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or cores
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    count = threads or (int(asked) if asked.isdigit() else 0) or cores
     torch.set_num_threads(count)
     return count
 

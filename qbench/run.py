@@ -1,31 +1,26 @@
 """config -> objects -> trainer -> result.json; the only caller of Hydra's instantiate."""
 
-import hashlib
-import importlib
-import inspect
 import json
-import re
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import yaml
 from filelock import FileLock, Timeout
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from torch import nn
 
-import qbench
-from qbench import checkpoint, device, evaluation, files, plots, surgery, trainer
+from qbench import checkpoint, device, evaluation, files, surgery, trainer
 from qbench.data import DataSet, batches, load
 from qbench.errors import UserError
 from qbench.hooks import Distill
 from qbench.method import Method
+from qbench.outcome import code_hash, summary, write
 from qbench.recipe import Recipe
 from qbench.recorder import Recorder
 from qbench.report import tell
@@ -272,13 +267,13 @@ def _compute(run: Run, screen: Screen) -> dict[str, Any]:
     outcome = loop.train() if loop.total else trainer.Outcome(before, before, 0.0)
     if not loop.total:
         loop.record_histograms()
-    result = _summary(run, model, outcome)
+    result = summary(run, model, outcome)
     result |= {"float_accuracy": accuracy_float, "accuracy_before_training": before, "threads": threads}
     result |= {"code": code, "device": str(place), "seconds_total": round(time.monotonic() - started, 1)}
     if method.name == "float":
         result["float_accuracy"] = result["accuracy_last"]
     if writer and recorder is not None:
-        _write(run, model, kept, recorder, result)
+        write(run, model, kept, recorder, result)
         tell(run.folder, result, screen.line)
     if dist.is_initialized():
         dist.barrier()  # the others may want to read what the first worker has just written
@@ -345,59 +340,3 @@ def _calibrated(run: Run, loop: trainer.Trainer, screen: Screen) -> float | None
 def _resume_step(folder: Path) -> int | None:
     path = folder / "checkpoint.pt"
     return int(checkpoint.load(path)["step"]) if path.is_file() else None
-
-
-def weights_sha256(model: nn.Module) -> str:
-    """SHA-256 over names and bytes of every tensor of the net."""
-    sha = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if isinstance(tensor, torch.Tensor):
-            sha.update(name.encode() + tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return sha.hexdigest()
-
-
-def code_hash(config: Mapping[str, Any]) -> str:
-    """Ten hex digits over the source of the core and of the modules that this run's configuration names."""
-    core = ("ops", "quantizer", "quantizers", "layers", "surgery", "hooks", "trainer", "evaluation", "optim", "recipe")
-    names = {f"qbench.{name}" for name in core}
-    text = json.dumps([config["method"], config["model"]])
-    names |= {target.rpartition(".")[0] for target in re.findall(r'"_target_": "([^"]+)"', text)}
-    sources = []
-    for name in sorted(names):
-        with suppress(ImportError, OSError):
-            sources.append(inspect.getsource(importlib.import_module(name)))
-    return digest(sources)
-
-
-def _summary(run: Run, model: nn.Module, outcome: trainer.Outcome) -> dict[str, Any]:
-    config = run.config
-    result = {k: config[k] for k in ("budget", "w_bits", "a_bits", "seed", "protocol", "init")}
-    result |= {k: config[k]["name"] for k in ("method", "model", "dataset")}
-    result |= vars(outcome)
-    result |= surgery.size(model)
-    result |= {"weights_sha256": weights_sha256(model), "version": qbench.__version__, "torch": torch.__version__}
-    result |= {"precision": config["train"]["precision"], "key": run.key}
-    result |= {"identity": run.identity, "epochs": config["train"]["epochs"], "seconds": round(outcome.seconds, 1)}
-    return result
-
-
-def _write(run: Run, model: nn.Module, kept: dict[str, str], recorder: Recorder, result: dict[str, Any]) -> None:
-    """Everything a run leaves; result.json last, then the checkpoint goes."""
-    folder = run.folder
-    checkpoint.save(folder / "model.pt", model.state_dict())
-    manifest = surgery.manifest(model, kept)
-    files.atomic_write(folder / "manifest.json", json.dumps(manifest, indent=1))
-    files.atomic_write(folder / "config.yaml", yaml.safe_dump(json.loads(json.dumps(run.config)), sort_keys=False))
-    recorder.flush()
-    if run.config["train"]["steps"] != 0:
-        plots.curves(folder, result)
-    if any("quantizer" in entry for entry in manifest["weights"].values()):
-        plots.histograms(folder, result)
-    recorder.result(result)
-    recorder.close()
-    for path in (
-        folder / "checkpoint.pt",
-        folder / "before.json",
-        *folder.glob(".*.*"),
-    ):  # .*.*: writes cut off by a kill
-        path.unlink(missing_ok=True)

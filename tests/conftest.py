@@ -65,26 +65,37 @@ def tiny(cli: Callable[..., Said]) -> Callable[..., Said]:
     return call
 
 
-@pytest.fixture
-def process(tmp_path: Path) -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
-    """process(*words): `python -m qbench *words`, started in an empty folder; what still runs at the end is killed."""
-    started: list[subprocess.Popen[str]] = []
+class Processes:
+    """Starts command lines as processes in `folder`."""
 
-    def start(*words: object, **environment: str) -> "subprocess.Popen[str]":
-        started.append(
-            subprocess.Popen(
-                [sys.executable, "-m", "qbench", *map(str, words)],
-                cwd=tmp_path,
-                env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.started: list[subprocess.Popen[str]] = []
+
+    def __call__(self, *words: object, **environment: str) -> "subprocess.Popen[str]":
+        """Start `python -m qbench *words`."""
+        return self.script("-m", "qbench", *words, **environment)
+
+    def script(self, *words: object, **environment: str) -> "subprocess.Popen[str]":
+        """Start `python *words`."""
+        one = subprocess.Popen(
+            [sys.executable, *map(str, words)],
+            cwd=self.folder,
+            env={k: v for k, v in {**os.environ, "PYTHONPATH": str(ROOT), **environment}.items() if v},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
-        return started[-1]
+        self.started.append(one)
+        return one
 
-    yield start
-    for one in started:
+
+@pytest.fixture
+def process(tmp_path: Path) -> Iterator[Processes]:
+    """process(*words): a command line of its own, in an empty folder; what still runs at the end is killed."""
+    processes = Processes(tmp_path)
+    yield processes
+    for one in processes.started:
         if one.poll() is None:
             one.kill()
         one.communicate()

@@ -140,7 +140,7 @@ def test_the_last_duration_counts(names: list[str]) -> None:
 
 def test_null_means_not_my_business() -> None:
     assert merge([{"epochs": 3, "lr": 0.5}, {"lr": None, "epochs": None}]) == Recipe(epochs=3, lr=0.5)
-    with pytest.raises(UserError, match="'epoch'.*Did you mean 'epochs'"):
+    with pytest.raises(UserError, match=r"'epoch'.*Did you mean 'epochs'"):
         merge([{"epoch": 3}])
     with pytest.raises(UserError, match="exactly one"):
         merge([{}])

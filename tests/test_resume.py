@@ -115,7 +115,7 @@ def test_cut_off_between_training_and_result(tiny: Cli, tmp_path: Path) -> None:
         "import os, signal, sys\n"
         "from qbench import run\n"
         "from qbench.cli import main\n"
-        "run._write = lambda *args: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "run.write = lambda *args: os.kill(os.getpid(), signal.SIGKILL)\n"
         "main(sys.argv[1:])\n"
     )
     words = ("method=float", *TINY)

@@ -1,0 +1,159 @@
+"""Who imports whom, and what must stay quick: no cycle, nothing in the core knows a paper, no torch before a run."""
+
+import ast
+import os
+import resource
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "qbench"
+FILES = sorted(PACKAGE.rglob("*.py"))
+LEAVES = ("errors", "ops", "ranges", "quantizer", "files", "recipe", "bits", "screen")
+# Modules that a command without computing may load: torch takes seconds.
+LIGHT = ("errors", "catalog", "cli", "bits", "recipe", "resolve", "report", "screen", "files", "xor_spec")
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+NAMES = {name_of(p) for p in FILES}
+
+
+def imports(path: Path, everywhere: bool) -> set[str]:
+    """Modules that a file imports: when it is loaded, or `everywhere` in it (inside functions too)."""
+    tree = ast.parse(path.read_text())
+    nodes = ast.walk(tree) if everywhere else _at_load(tree)
+    found: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {
+                f"{node.module}.{a.name}" if f"{node.module}.{a.name}" in NAMES else str(node.module)
+                for a in node.names
+            }
+    return found
+
+
+def _at_load(tree: ast.Module) -> list[ast.stmt]:
+    return [n for n in tree.body if not isinstance(n, ast.If)]  # `if TYPE_CHECKING:` loads nothing
+
+
+def graph(everywhere: bool) -> dict[str, set[str]]:
+    found = {name_of(p): {i for i in imports(p, everywhere) if i in NAMES} - {name_of(p)} for p in FILES}
+    return {name: used - {"qbench"} for name, used in found.items()}
+
+
+def test_no_cycle() -> None:
+    order = list(TopologicalSorter(graph(everywhere=False)).static_order())
+    assert set(order) >= NAMES - {"qbench"}
+
+
+def test_nothing_in_the_core_knows_a_paper() -> None:
+    core = {n: used for n, used in graph(everywhere=True).items() if not n.startswith("qbench.methods")}
+    assert len(core) > 20
+    assert not {n: u for n, used in core.items() if (u := {x for x in used if x.startswith("qbench.methods")})}
+
+
+def test_methods_use_the_core_alone() -> None:
+    allowed = {"ops", "ranges", "quantizer", "quantizers", "layers", "method", "hooks", "errors", "xor_spec", "binary"}
+    for name, used in graph(everywhere=True).items():
+        if name.startswith("qbench.methods."):
+            assert {u.removeprefix("qbench.") for u in used} <= allowed, name
+
+
+@pytest.mark.parametrize("leaf", LEAVES)
+def test_a_leaf_needs_nothing_of_ours_but_errors(leaf: str) -> None:
+    assert graph(everywhere=True)[f"qbench.{leaf}"] <= {"qbench.errors"}
+
+
+def test_the_models_know_nothing_of_quantization() -> None:
+    for name, used in graph(everywhere=True).items():
+        if name.startswith("qbench.models."):
+            assert all(u.startswith("qbench.models") for u in used), name
+
+
+def test_only_runs_instantiate() -> None:
+    users = [p.name for p in FILES if "hydra.utils" in imports(p, everywhere=True)]
+    assert users == ["run.py"]
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_light_modules_import_no_torch(name: str) -> None:
+    todo, seen = [f"qbench.{name}"], set()
+    edges = graph(everywhere=False)
+    while todo:
+        module = todo.pop()
+        seen.add(module)
+        path = PACKAGE.parent / Path(*module.split("."))
+        file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        heavy = {i.partition(".")[0] for i in imports(file, everywhere=False)} & {
+            "torch",
+            "numpy",
+            "matplotlib",
+            "sklearn",
+        }
+        assert not heavy, f"{module}: {heavy}"
+        todo += edges[module] - seen
+
+
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        (("list",), 0),
+        (("--help",), 0),
+        (("--version",), 0),
+        (("tabel",), 2),
+        (("method=pct",), 2),
+        (("train.lrr=1",), 2),
+        (("bits=99",), 2),
+        (("train.schedule=cosin",), 2),
+        (("bits=2,4",), 2),
+        (("table", "nowhere"), 2),
+    ],
+)
+def test_answers_that_need_no_torch_do_not_load_it(words: tuple[str, ...], status: int, tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        f"sys.path.insert(0, {str(PACKAGE.parent)!r})\n"
+        "from qbench.cli import main\n"
+        "status = main(sys.argv[1:])\n"
+        "heavy = {'torch', 'torchvision', 'matplotlib', 'sklearn', 'tensorboard'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "sys.exit(status)\n"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], cwd=tmp_path, capture_output=True, text=True, env=dict(os.environ)
+    )
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir()), "nothing may be left behind"
+    bound = 0.5 if words[0] in ("list", "--help", "--version", "tabel") else 1.5  # seconds of CPU; torch alone takes 2
+    assert spent < bound
+
+
+def test_help_names_every_command(tmp_path: Path) -> None:
+    from qbench.cli import COMMANDS, USAGE
+
+    assert not [c for c in COMMANDS if c != "help" and f"qbench {c}" not in USAGE]
+
+
+def test_list_shows_everything_that_conf_holds() -> None:
+    from qbench import catalog
+
+    text = catalog.listing()
+    for group in catalog.GROUPS:
+        assert not [name for name in catalog.names(group) if name not in text], group
+    for method in catalog.methods():
+        assert method["title"] in text
+        assert method.get("summary")
+    assert all(catalog.describe(g, n) for g in ("model", "dataset", "budget") for n in catalog.names(g))
