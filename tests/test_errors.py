@@ -15,7 +15,7 @@ Cli = Callable[..., Any]
 # words of the command line -> what the message must say: what was got, and what is allowed or nearest
 WORDS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("method=pct",), ("'pct'", "Did you mean 'pact'?", "dorefa")),
-    (("model=resnet21",), ("'resnet21'", "Did you mean 'resnet20'?")),
+    (("model=resnet21",), ("'resnet21'", "Did you mean 'resnet", "resnet20")),
     (("dataset=cifar",), ("'cifar'", "Did you mean 'cifar10", "digits")),
     (("budget=smok",), ("'smok'", "Did you mean 'smoke'?", "paper")),
     (("train.lrr=1",), ("'train.lrr'", "Did you mean 'train.lr'?")),
