@@ -283,7 +283,7 @@ def _hydra(args: list[str]) -> int:
     run: Callable[[], Any] = hydra.main(
         config_path=str(catalog.conf_folder()), config_name="config", version_base="1.3"
     )(job)
-    sys.argv = ["qbench", *args]
+    sys.argv = ["qbench", *flags, *overrides]  # argparse wants flags first
     if not sweep:
         run()
         outcome = SINGLE.pop() if SINGLE else 0
@@ -319,6 +319,9 @@ def job(config: "DictConfig") -> int | float:
     at = HydraConfig.get()
     note: dict[str, Any] = {"overrides": list(at.overrides.task), "status": "done"}
     print(f"\n[{at.job.num + 1}] {' '.join(note['overrides'])}", flush=True)
+    bits = config.bits or "/".join(str(config[k] or "-") for k in ("w_bits", "a_bits"))
+    names = [config[group].name for group in ("method", "model", "dataset", "budget")]
+    note["cells"] = [names[0], str(bits), *names[1:]]
     try:
         resolved = resolve(config)
         from qbench.run import execute
@@ -391,7 +394,7 @@ def _sweep_table(folder: Path) -> int:
     from qbench import report
 
     notes = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    others = [[" ".join(n["overrides"]), n["status"]] for n in notes if n["status"] != "done"]
+    others = [[*n["cells"], "", "", n["status"]] for n in notes if n["status"] != "done"]
     print()
     print(report.table([n["result"] for n in notes if n["status"] == "done"], others))
     failed = [n for n in notes if n["status"] == "failed"]

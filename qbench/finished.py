@@ -15,7 +15,7 @@ from qbench.layers import quantized_weights
 from qbench.optim import criterion
 from qbench.recipe import Recipe
 from qbench.resolve import parent_of
-from qbench.run import COMMITTED, Run, make_batches, make_method, make_model, memory_format, prepare, quantize
+from qbench.run import COMMITTED, Run, make_batches, make_method, make_model, place_net, prepare, quantize
 
 
 def rebuild(folder: Path, dataset: Mapping[str, Any] | None = None) -> tuple[Run, nn.Module]:
@@ -41,7 +41,7 @@ def evaluate(folder: Path, dataset: Mapping[str, Any] | None = None) -> tuple[di
     run, model = rebuild(folder, dataset)
     place = device.pick(run.config["device"])
     device.set_threads(run.config["threads"])
-    model.to(place, memory_format=memory_format(run.config))  # type: ignore[call-overload]
+    place_net(model, place, run.config["channels_last"])
     tests = make_batches(run, run.data.test, place, False)
     loss, accuracy = evaluation.evaluate(model, tests, place, run.config["train"]["precision"])
     return run.result() or {}, loss, accuracy
@@ -55,7 +55,7 @@ def evaluate_checkpoint(config: dict[str, Any], path: Path) -> tuple[float, floa
     model = make_model(config, run.data)
     for line in checkpoint.load_weights(model, path):
         print(f"  {line}")
-    model.to(place, memory_format=memory_format(config))  # type: ignore[call-overload]
+    place_net(model, place, config["channels_last"])
     return evaluation.evaluate(
         model, make_batches(run, run.data.test, place, False), place, config["train"]["precision"]
     )
@@ -69,7 +69,7 @@ def plan(config: dict[str, Any]) -> dict[str, Any]:
     model, method, recipe = make_model(config, run.data).to(place), make_method(config), Recipe(**config["train"])
     parent = Recipe(**config["parent"])
     kept = quantize(config, model, method)
-    model.to(place, memory_format=memory_format(config))  # type: ignore[call-overload]
+    place_net(model, place, config["channels_last"])
     train = make_batches(run, run.data.train, place, True)
     x, y = next(iter(train.epoch(0)))
     times = []

@@ -137,6 +137,8 @@ def merge(parts: Iterable[Mapping[str, Any]]) -> Recipe:
     """
     merged: dict[str, Any] = {}
     for part in parts:
+        if part.get("epochs") is not None and part.get("steps") is not None:
+            raise UserError(f"give exactly one of epochs and steps, got epochs={part['epochs']} steps={part['steps']}")
         for key, value in part.items():
             if key not in KEYS:
                 raise unknown("recipe field", key, KEYS)

@@ -96,7 +96,8 @@ def rows(results: Iterable[Mapping[str, Any]]) -> list[list[str]]:
 
 def table(results: Iterable[Mapping[str, Any]], others: Iterable[list[str]] = ()) -> str:
     """The rows as text in columns; `others` are rows of what has no result (failed, n/a)."""
-    lines = [list(COLUMNS), *rows(results), *([*r, *[""] * (len(COLUMNS) - len(r))] for r in others)]
+    short = {tuple([*r, *[""] * (len(COLUMNS) - len(r))]): None for r in others}  # seeds of a cell make one row
+    lines = [list(COLUMNS), *rows(results), *map(list, short)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
     left = {0, 2, 3, 4}
     text = [

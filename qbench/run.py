@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -222,6 +222,11 @@ def _check_data(path: Path, run: Run) -> None:
 
 
 def _compute(run: Run, screen: Screen) -> dict[str, Any]:
+    with ExitStack() as opened:
+        return _train(run, screen, opened)
+
+
+def _train(run: Run, screen: Screen, opened: ExitStack) -> dict[str, Any]:
     config, data, started, code = run.config, run.data, time.monotonic(), code_hash(run.config)
     place = device.pick(config["device"])
     threads = device.set_threads(config["threads"])
@@ -232,7 +237,7 @@ def _compute(run: Run, screen: Screen) -> dict[str, Any]:
         quantize(config, make_model(config, data), method)  # a wrong option shows before the parent is trained
     model = make_model(config, data)
     accuracy_float = start_weights(run, model, screen)
-    model.to(place, memory_format=memory_format(config))  # type: ignore[call-overload]
+    place_net(model, place, config["channels_last"])
     tests = {"test": make_batches(run, data.test, place, False)}
     if data.val is not None:
         tests["val"] = make_batches(run, data.val, place, False)
@@ -243,7 +248,11 @@ def _compute(run: Run, screen: Screen) -> dict[str, Any]:
     model.to(place)
     writer = evaluation.rank() == 0
     resumed = _resume_step(run.folder)
-    recorder = Recorder(run.folder, resume_step=resumed, tensorboard=config["tensorboard"]) if writer else None
+    recorder = None
+    if writer:
+        recorder = opened.enter_context(
+            closing(Recorder(run.folder, resume_step=resumed, tensorboard=config["tensorboard"]))
+        )
     generator = torch.Generator(place).manual_seed(_seed(config["seed"], f"train {evaluation.rank()}"))
     with clear_errors(f"method={method.name}"):
         loop = trainer.Trainer(
@@ -280,8 +289,13 @@ def _compute(run: Run, screen: Screen) -> dict[str, Any]:
     return {**result, "folder": str(run.folder)}
 
 
-def memory_format(config: Mapping[str, Any]) -> torch.memory_format:
-    return torch.channels_last if config["channels_last"] else torch.contiguous_format
+def place_net(model: nn.Module, place: torch.device, channels_last: bool) -> nn.Module:
+    """`model` on its device; with `channels_last` its four-dimensional parameters in that order (others have none)."""
+    model.to(place)
+    for p in model.parameters() if channels_last else ():
+        if p.dim() == 4:
+            p.data = p.data.contiguous(memory_format=torch.channels_last)
+    return model
 
 
 def make_batches(run: Run, split: Any, place: torch.device, train: bool, shared: bool = False) -> Any:
@@ -310,7 +324,7 @@ def _teacher(run: Run, screen: Screen, place: torch.device) -> nn.Module | None:
         return None
     teacher = make_model(run.config, run.data)
     checkpoint.load_weights(teacher, float_parent(run, screen)[0])
-    return teacher.to(place, memory_format=memory_format(run.config)).eval().requires_grad_(False)  # type: ignore[call-overload, no-any-return]
+    return place_net(teacher, place, run.config["channels_last"]).eval().requires_grad_(False)
 
 
 def _calibrated(run: Run, loop: trainer.Trainer, screen: Screen) -> float | None:
