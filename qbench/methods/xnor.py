@@ -18,7 +18,9 @@ class XnorLayer(QuantLayer):
     A, where they count, so that K is smaller at the border (the paper is silent; this is its formula with the conv's
     own padding). In a linear layer K = mean|x| of the example; in a grouped conv each group has its own.
 
-    The gradient flows through K (d|x|/dx = sign(x), 0 at 0) unless `k_gradient` is off: the paper is silent.
+    The paper is silent on the gradient through K. By default K is a constant in the backward pass; with `k_gradient` it
+    flows (d|x|/dx = sign(x), 0 at 0). Every output channel adds to it, all with the same sign pattern: in the first
+    layers of an untrained ResNet-20 it is larger than the gradient through the signs, and training is slower.
     While the input quantizer is disabled the inputs keep their own scale, and K is left out.
 
     Args:
@@ -27,7 +29,7 @@ class XnorLayer(QuantLayer):
     Reference: arXiv 1603.05279, Eq. 11 and Fig. 2
     """
 
-    def __init__(self, layer: nn.Conv2d | nn.Linear, site: str, *, k: bool = True, k_gradient: bool = True) -> None:
+    def __init__(self, layer: nn.Conv2d | nn.Linear, site: str, *, k: bool = True, k_gradient: bool = False) -> None:
         super().__init__(layer)
         self.k, self.k_gradient = k, k_gradient
 
