@@ -15,7 +15,7 @@ class LeNet5(nn.Sequential):
         classes: classes to tell apart
         size: side of an image in pixels, at least 4 with padding and 16 without
         width: multiplier of the channels and of the hidden layer
-        batch_norm: put a batch-norm (in place of the bias) before each ReLU
+        batch_norm: put a batch-norm (in place of the bias) before each ReLU; None is no
         padding: 2 keeps the image size (28 pixels come down to 14 and 7); 0 shrinks it (12 and 4), as the code of the
             TWN authors does
 
@@ -32,7 +32,7 @@ class LeNet5(nn.Sequential):
         classes: int,
         size: int,
         width: float = 1.0,
-        batch_norm: bool = False,
+        batch_norm: bool | None = None,
         padding: int = 2,
     ) -> None:
         if padding not in (0, 2):

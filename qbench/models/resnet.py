@@ -16,23 +16,34 @@ def _shortcut(kind: str, before: int, after: int, stride: int) -> nn.Module:
 class Block(nn.Module):
     """Two 3x3 convs: relu(bn(conv(relu(bn(conv(x))))) + shortcut(x)). (N, before, H, W) -> (N, after, H/s, W/s).
 
-    Reference: 1512.03385, figure 2
+    With `per_conv` the shortcut ends behind the first conv, and a second, plain one leads around the other conv:
+    a = relu(bn(conv(x)) + shortcut(x)), then relu(bn(conv(a)) + a).
+
+    Reference: 1512.03385, figure 2; 1808.00278, figure 3 for one shortcut per conv
     """
 
-    def __init__(self, before: int, after: int, stride: int, shortcut: str) -> None:
+    def __init__(self, before: int, after: int, stride: int, shortcut: str, per_conv: bool) -> None:
         super().__init__()
+        self.per_conv = per_conv
         self.conv1 = conv(before, after, 3, stride)
         self.bn1 = nn.BatchNorm2d(after)
+        if per_conv:
+            self.shortcut = _shortcut(shortcut, before, after, stride)
+            self.add1 = Add()
         self.relu1 = nn.ReLU()
         self.conv2 = conv(after, after, 3)
         self.bn2 = nn.BatchNorm2d(after)
-        self.shortcut = _shortcut(shortcut, before, after, stride)
+        if not per_conv:
+            self.shortcut = _shortcut(shortcut, before, after, stride)
         self.add = Add()
         self.relu2 = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.relu1(self.bn1(self.conv1(x)))
-        y = self.bn2(self.conv2(y))
+        y = self.bn1(self.conv1(x))
+        if self.per_conv:
+            x = self.relu1(self.add1(y, self.shortcut(x)))
+            return self.relu2(self.add(self.bn2(self.conv2(x)), x))  # type: ignore[no-any-return]
+        y = self.bn2(self.conv2(self.relu1(y)))
         return self.relu2(self.add(y, self.shortcut(x)))  # type: ignore[no-any-return]
 
 
@@ -40,35 +51,46 @@ class PreactivationBlock(nn.Module):
     """Two 3x3 convs behind their activations: conv(relu(bn(conv(a)))) + shortcut(x), with a = relu(bn(x)).
 
     The shortcut starts at x, and at a where `share` is set: in the first block of the net, "right after conv1 and
-    before splitting into two paths", and where the shape changes, as in the authors' code.
+    before splitting into two paths", and where the shape changes, as in the authors' code. With `per_conv` it ends
+    behind the first conv, and a plain one leads around the other: y = conv(a) + shortcut, then conv(relu(bn(y))) + y.
 
     Reference: 1603.05027, figure 4(e) and appendix
     """
 
-    def __init__(self, before: int, after: int, stride: int, shortcut: str, share: bool) -> None:
+    def __init__(self, before: int, after: int, stride: int, shortcut: str, per_conv: bool, share: bool) -> None:
         super().__init__()
-        self.share = share
+        self.per_conv, self.share = per_conv, share
         self.bn1 = nn.BatchNorm2d(before)
         self.relu1 = nn.ReLU()
         self.conv1 = conv(before, after, 3, stride)
+        if per_conv:
+            self.shortcut = _shortcut(shortcut, before, after, stride)
+            self.add1 = Add()
         self.bn2 = nn.BatchNorm2d(after)
         self.relu2 = nn.ReLU()
         self.conv2 = conv(after, after, 3)
-        self.shortcut = _shortcut(shortcut, before, after, stride)
+        if not per_conv:
+            self.shortcut = _shortcut(shortcut, before, after, stride)
         self.add = Add()
 
     def forward(self, x: Tensor) -> Tensor:
         a = self.relu1(self.bn1(x))
-        y = self.conv2(self.relu2(self.bn2(self.conv1(a))))
-        return self.add(y, self.shortcut(a if self.share else x))  # type: ignore[no-any-return]
+        x = a if self.share else x
+        y = self.conv1(a)
+        if self.per_conv:
+            x = y = self.add1(y, self.shortcut(x))
+            return self.add(self.conv2(self.relu2(self.bn2(y))), x)  # type: ignore[no-any-return]
+        return self.add(self.conv2(self.relu2(self.bn2(y))), self.shortcut(x))  # type: ignore[no-any-return]
 
 
-def _stage(before: int, after: int, stride: int, blocks: int, shortcut: str, preactivation: bool) -> nn.Sequential:
+def _stage(
+    before: int, after: int, stride: int, blocks: int, shortcut: str, preactivation: bool, per_conv: bool
+) -> nn.Sequential:
     """`blocks` blocks, the first of which strides, changes the channels and, pre-activation, shares its activation."""
     stage: list[nn.Module] = []
     for i in range(blocks):
-        shape = (before, after, stride) if i == 0 else (after, after, 1)
-        stage.append(PreactivationBlock(*shape, shortcut, share=i == 0) if preactivation else Block(*shape, shortcut))
+        options = (*((before, after, stride) if i == 0 else (after, after, 1)), shortcut, per_conv)
+        stage.append(PreactivationBlock(*options, share=i == 0) if preactivation else Block(*options))
     return nn.Sequential(*stage)
 
 
@@ -86,11 +108,12 @@ class ResNetCIFAR(nn.Sequential):
         width: multiplier of all channels
         shortcut: where the shape changes, A: subsample and pad with zeros; B: 1x1 conv and batch-norm
         preactivation: batch-norm and ReLU before each conv (and after the last block) instead of behind it; None is no
+        shortcut_per_conv: a shortcut around every conv instead of every two, for binary nets; None is no
 
     Raises:
         ValueError: an argument out of its range
 
-    Reference: 1512.03385, section 4.2; 1603.05027 for the pre-activation form
+    Reference: 1512.03385, section 4.2; 1603.05027 for the pre-activation form; 1808.00278 for a shortcut per conv
     """
 
     def __init__(
@@ -103,6 +126,7 @@ class ResNetCIFAR(nn.Sequential):
         width: float = 1.0,
         shortcut: str = "A",
         preactivation: bool | None = None,
+        shortcut_per_conv: bool | None = None,
     ) -> None:
         check(channels, classes, size, width, smallest=8)
         if depth < 8 or (depth - 2) % 6:
@@ -110,7 +134,7 @@ class ResNetCIFAR(nn.Sequential):
         if shortcut not in ("A", "B"):
             raise ValueError(f"shortcut must be A or B, got {shortcut!r}")
         one, two, three = (scaled(c, width) for c in (16, 32, 64))
-        options = (depth - 2) // 6, shortcut, bool(preactivation)
+        options = (depth - 2) // 6, shortcut, bool(preactivation), bool(shortcut_per_conv)
         stages = named(
             layer1=_stage(one, one, 1, *options),
             layer2=_stage(one, two, 2, *options),

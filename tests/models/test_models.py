@@ -29,12 +29,16 @@ VARIANTS: dict[str, Callable[..., nn.Module]] = {
     "resnet8_preactivation": partial(ResNetCIFAR, depth=8, preactivation=True),
     "resnet8_B": partial(ResNetCIFAR, depth=8, shortcut="B"),
     "resnet8_preactivation_B": partial(ResNetCIFAR, depth=8, shortcut="B", preactivation=True),
+    "resnet8_per_conv": partial(ResNetCIFAR, depth=8, shortcut_per_conv=True),
+    "resnet8_per_conv_B": partial(ResNetCIFAR, depth=8, shortcut="B", shortcut_per_conv=True),
     "resnet8_narrow": partial(ResNetCIFAR, depth=8, width=0.3),
     "lenet5_batch_norm": partial(LeNet5, width=0.25, batch_norm=True),
     "vgg_small_preactivation": partial(VGGSmall, width=0.1, preactivation=True),
     "mobilenet_v1_narrow": partial(MobileNetV1, width=0.1),
     "mobilenet_v2_narrow": partial(MobileNetV2, width=0.1),
     "mlp_linear": partial(MLP, hidden=[]),
+    "mlp_everything": partial(MLP, hidden=[8, 8], batch_norm=True, dropout=0.5, dropout_in=0.2),
+    "vgg10_preactivation": partial(VGGSmall, width=0.1, preactivation=True, hidden=[64, 64]),
 }
 NETS = VARIANTS | {
     path.stem: partial(instantiate, OmegaConf.masked_copy(node, [key for key in node if key != "name"]))
@@ -69,8 +73,9 @@ def calls(model: nn.Module, x: Tensor) -> list[str]:
 
 
 def test_the_yaml_files_are_the_networks():
-    resnets = ["resnet20", "resnet32", "resnet44", "resnet56"]
-    expected = ["lenet5", "mlp", "mobilenet_v1", "mobilenet_v2", *resnets, "tiny", "vgg_small"]
+    resnets = ["resnet18", "resnet20", "resnet32", "resnet44", "resnet56"]
+    mlps = ["mlp", "mlp3x1024", "mlp3x2048", "mlp3x4096"]
+    expected = ["lenet5", *mlps, "mobilenet_v1", "mobilenet_v2", *resnets, "tiny", "vgg10", "vgg7", "vgg_small"]
     assert [path.stem for path in YAMLS] == expected
 
 
@@ -98,6 +103,9 @@ def test_yaml_describes_itself_and_gives_every_option_its_default(path):
         # six convs of 9 * in * out, their batch-norms, 512 * 16 * 10 + 10
         (VGGSmall, 4_574_592 + 2 * 2 * (128 + 256 + 512) + 81_930),
         (partial(VGGSmall, preactivation=True), 4_574_592 + 3_584 + 81_930),
+        # hidden layers without bias and their batch-norms: 512 * 16 * 1024, 1024 * 1024; 14.0 M is what others print
+        (NETS["vgg7"], 4_574_592 + 3_584 + 8_388_608 + 2_048 + 10_250),
+        (NETS["vgg10"], 4_574_592 + 3_584 + 8_388_608 + 1_048_576 + 2 * 2_048 + 10_250),
         (MobileNetV1, 3_217_226),
         (MobileNetV2, 2_236_682),
         (Tiny, 27 * 8 + 72 * 8 + 4 * 8 + 90),
@@ -114,6 +122,8 @@ def test_parameter_count(net, count):
         (partial(LeNet5, batch_norm=True), 25 * 32 + 25 * 32 * 64 + 49 * 64 * 512 + 2 * (32 + 64 + 512) + 5_130),
         (partial(LeNet5, padding=0), (25 * 32 + 32) + (25 * 32 * 64 + 64) + (16 * 64 * 512 + 512) + 5_130),
         (MLP, (784 * 512 + 512) + (512 * 512 + 512) + 5_130),
+        (partial(MLP, batch_norm=True, dropout=0.5), 784 * 512 + 512 * 512 + 2 * 2 * 512 + 5_130),
+        *((NETS[f"mlp3x{n}"], 784 * n + 2 * n * n + 3 * 2 * n + 10 * n + 10) for n in (1024, 2048, 4096)),
     ],
 )
 def test_parameter_count_on_mnist(net, count):
@@ -294,6 +304,11 @@ def test_wrong_options_are_refused():
         LeNet5(channels=1, classes=10, size=28, padding=1)
     with pytest.raises(ValueError, match=r"hidden must hold numbers >= 1, got \[512, 0\]"):
         MLP(channels=1, classes=10, size=8, hidden=[512, 0])
+    with pytest.raises(ValueError, match=r"hidden must hold numbers >= 1, got \[0\]"):
+        VGGSmall(channels=1, classes=10, size=8, hidden=[0])
+    for option in ("dropout", "dropout_in"):
+        with pytest.raises(ValueError, match=rf"{option} must be at least 0 and below 1, got 1\.0"):
+            MLP(channels=1, classes=10, size=8, **{option: 1.0})
 
 
 def test_importing_the_models_imports_torch_only():

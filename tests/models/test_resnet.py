@@ -1,5 +1,6 @@
 """What only the ResNets have: the usual names and the shared activation."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -27,3 +28,39 @@ def test_preactivation_shares_the_activation_only_where_the_path_splits():
     nn.init.zeros_(second.conv2.weight)
     torch.testing.assert_close(first(x), x.relu(), rtol=1e-4, atol=1e-5)
     assert torch.equal(second(x), x)
+
+
+@pytest.mark.parametrize("preactivation", [False, True])
+@pytest.mark.parametrize("shortcut", ["A", "B"])
+def test_a_shortcut_per_conv_has_the_same_parameters(preactivation, shortcut):
+    options = dict(channels=3, classes=10, size=8, depth=14, shortcut=shortcut, preactivation=preactivation)
+    one = ResNetCIFAR(**options)
+    two = ResNetCIFAR(**options, shortcut_per_conv=True)
+    assert one.state_dict().keys() == two.state_dict().keys()
+    two.load_state_dict(one.state_dict())
+    x = torch.randn(2, 3, 8, 8)
+    assert not one.eval()(x).equal(two.eval()(x))
+    same = ResNetCIFAR(**options, shortcut_per_conv=False).eval()
+    same.load_state_dict(one.state_dict())
+    assert one(x).equal(same(x))
+
+
+def test_a_shortcut_per_conv_leads_around_each_conv():
+    """With zero convs, whose batch-norm adds nothing, a block is its shortcut, with two ReLUs behind it."""
+    model = ResNetCIFAR(channels=3, classes=10, size=8, depth=8, shortcut_per_conv=True).eval()
+    block, x = model.layer1[0], torch.randn(2, 16, 8, 8)
+    nn.init.zeros_(block.conv1.weight)
+    assert torch.equal(block.conv2(block.relu1(block.add1(block.bn1(block.conv1(x)), x))), block.conv2(x.relu()))
+    nn.init.zeros_(block.conv2.weight)
+    assert torch.equal(block(x), x.relu())
+    down = model.layer2[0]
+    nn.init.zeros_(down.conv1.weight)
+    nn.init.zeros_(down.conv2.weight)
+    assert torch.equal(down(x), down.shortcut(x).relu())
+
+
+def test_preactivation_with_a_shortcut_per_conv():
+    model = ResNetCIFAR(channels=3, classes=10, size=8, depth=14, preactivation=True, shortcut_per_conv=True).eval()
+    block, x = model.layer1[1], torch.randn(2, 16, 8, 8)
+    nn.init.zeros_(block.conv2.weight)
+    torch.testing.assert_close(block(x), x + block.conv1(block.relu1(block.bn1(x))))

@@ -1,0 +1,144 @@
+"""TGA: the truncated Gaussian's mean, the threshold's gradient by hand, turns, surgery."""
+
+import math
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qbench import layers, surgery
+from qbench.method import State
+from qbench.methods.tga import TGA, TakeTurns, tail_mean
+from qbench.models.tiny import Tiny
+
+
+def make(delta: float | None = None, **options: object) -> TGA:
+    q = TGA(nn.Linear(6, 1), "weight", **options)  # type: ignore[arg-type]
+    if delta is not None:
+        q.delta.data.fill_(delta)
+    return q
+
+
+@pytest.mark.parametrize(
+    ("delta", "mean", "slope"), [(0, 0.7979, 0.6366), (0.3, 0.9982, 0.6969), (0.6, 1.2150, 0.7473), (1, 1.5251, 0.8009)]
+)
+def test_mean_of_the_truncated_gaussian(delta: float, mean: float, slope: float) -> None:
+    got = tail_mean(torch.tensor(float(delta)))
+    assert (got[0].item(), got[1].item()) == pytest.approx((mean, slope), abs=1e-4)
+
+
+def test_the_tail_mean_far_out() -> None:
+    """lambda(a) is about a + 1/a, where phi(a) and 1 - Phi(a) are 0 in float32."""
+    mean, slope = tail_mean(torch.tensor(30.0))
+    assert mean.item() == pytest.approx(30 + 1 / 30, abs=1e-3)
+    assert slope.isfinite()
+
+
+def test_the_closed_form_is_the_mean_of_the_survivors() -> None:
+    w = 0.05 * torch.randn(200_000, generator=torch.Generator().manual_seed(0))
+    for delta in (0.0, 0.02, 0.06):
+        hat = make(delta)(w)
+        assert hat.max().item() == pytest.approx(w[w.abs() > delta].abs().mean().item(), rel=1e-2)
+
+
+def test_values_and_gradients_by_hand() -> None:
+    """w of standard deviation 1 and mean 0; Delta = 0.6: S = 1.2150, dS/dDelta = 0.7473, sum(g t) = 1 - 3 = -2."""
+    w = torch.tensor([math.sqrt(2), -0.5, 0.5, -math.sqrt(2), 0.0, 0.0], requires_grad=True)
+    w = (w.detach() / w.detach().std(correction=0)).requires_grad_()
+    q = make(0.6)
+    hat = q(w)
+    torch.testing.assert_close(hat, 1.2150 * torch.tensor([1.0, 0, 0, -1, 0, 0]), atol=1e-4, rtol=0)
+    hat.backward(torch.tensor([1.0, 2, 4, 3, 5, 6]))
+    assert w.grad is not None
+    assert q.delta.grad is not None
+    assert w.grad.tolist() == [0, 2, 4, 0, 5, 6]  # |w| = 1.633 lies outside the clip at 1
+    assert q.delta.grad.item() == pytest.approx(-2 * 0.7473, abs=1e-3)
+
+
+def test_bounds() -> None:
+    w = torch.tensor([0.5, -0.5, 0.1], requires_grad=True)
+    assert (make(0.5)(w) != 0).tolist() == [True, True, False]  # |w| = Delta survives
+    assert (make(9.0)(w) != 0).tolist() == [True, True, False]  # the largest always does
+    assert make(0.0)(torch.zeros(3)).tolist() == [0, 0, 0]
+    w = torch.tensor([1.0, 0.99, -3.0], requires_grad=True)
+    make(0.1)(w).backward(torch.ones(3))
+    assert w.grad is not None
+    assert w.grad.tolist() == [0, 1, 0]
+
+
+def test_start_codes_and_cost() -> None:
+    w = torch.tensor([0.9, -0.2, 0.05, -0.6, 0.3, -0.01])
+    q = make()
+    q.calibrate(w)
+    assert q.delta.item() == pytest.approx(0.045)
+    assert q.codes(w).codes.tolist() == [1, -1, 1, -1, 1, 0]
+    assert torch.equal(q.codes(w).values(), q(w))
+    assert q.stored_bits(w) == (12.0, 32.0)
+    assert q.levels == len(q(w).unique()) == 3
+
+
+def test_a_batch_norm_behind_takes_the_thresholds_gradient() -> None:
+    """It undoes the scale, through which alone Delta acts; without one the gradient is there."""
+    torch.manual_seed(0)
+    x, g = torch.randn(64, 6), torch.randn(64, 4)
+    sizes = []
+    for norm in (nn.Identity(), nn.BatchNorm1d(4, eps=1e-12)):
+        q, w = make(0.1), torch.randn(4, 6)
+        norm(F.linear(x, q(w))).backward(g)
+        assert q.delta.grad is not None
+        sizes.append(abs(q.delta.grad.item()))
+    assert sizes[0] > 1e-2
+    assert sizes[1] < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: make(bits=1), r"2\.\.2, got 1"),
+        (lambda: make(threshold=1.0), "threshold must be at least 0 and below 1, got 1.0"),
+        (lambda: TakeTurns(0), "every must be a whole number of at least 1, got 0"),
+    ],
+)
+def test_errors(call, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def _moved(net: nn.Module, before: dict[str, Tensor]) -> set[str]:
+    return {name for name, p in net.named_parameters() if not torch.equal(p, before[name])}
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3])
+def test_thresholds_and_weights_take_turns(turns: int) -> None:
+    conf = OmegaConf.load("conf/method/tga.yaml")
+    conf.w_bits, conf.a_bits, conf.options.turns = 2, 32, turns
+    method = instantiate(conf.method, _convert_="all")
+    torch.manual_seed(0)
+    net = Tiny(channels=3, classes=10, size=8)
+    surgery.quantize(net, method.rules)
+    assert len(list(layers.quant_layers(net))) == 3  # first and last too
+    everything = {name for name, _ in net.named_parameters()}
+    thresholds = {name for name in everything if name.endswith(".delta")}
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
+    x, y = torch.randn(8, 3, 8, 8), torch.arange(8)
+    state = State(net, torch.Generator())
+    for step in range(4):
+        state.step = step
+        before = {name: p.detach().clone() for name, p in net.named_parameters()}
+        optimizer.zero_grad()
+        with layers.quantized_weights(net):
+            loss = F.cross_entropy(net(x), y)
+        loss.backward()
+        method.hooks[0].after_backward(state)
+        optimizer.step()
+        method.hooks[0].after_step(state)
+        expected = everything if turns == 1 else thresholds if step % turns == 0 else everything - thresholds
+        assert _moved(net, before) <= expected
+        assert _moved(net, before) & expected
+    assert torch.isfinite(loss)
+    net.fc.weight_quantizer.delta.data.fill_(-0.5)
+    method.hooks[0].after_step(state)
+    assert net.fc.weight_quantizer.delta.item() == 0
