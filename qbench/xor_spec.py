@@ -106,7 +106,11 @@ def rank(rows: Sequence[Sequence[int]]) -> int:
 
 
 def facts(spec: XorSpec) -> dict[str, Any]:
-    """What the wiring can do, per plane: rank over GF(2), repeated rows (weights tied for ever), inputs of no gate."""
+    """What the wiring is and can do, per plane.
+
+    rank: over GF(2); duplicate_rows: gates that repeat another one (their weights are tied for ever); unused_inputs:
+    stored bits that reach no gate; wiring: the inputs of each gate, as text.
+    """
     planes = [wiring(spec, plane) for plane in range(spec.q)]
     return {
         "n_in": spec.n_in,
@@ -118,6 +122,7 @@ def facts(spec: XorSpec) -> dict[str, Any]:
         "rank": [rank(rows) for rows in planes],
         "duplicate_rows": [len(rows) - len(set(rows)) for rows in planes],
         "unused_inputs": [spec.n_in - len({i for row in rows for i in row}) for rows in planes],
+        "wiring": [" ".join("+".join(map(str, row)) for row in rows) for rows in planes],
     }
 
 

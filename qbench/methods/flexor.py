@@ -27,27 +27,69 @@ def wiring_tensor(spec: XorSpec) -> Tensor:
     return matrix
 
 
+def _gates(x: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The signs of x and the outputs y of all gates, both -1 or +1."""
+    with torch.autocast(x.device.type, enabled=False):  # the counts of ones must be exact
+        signs = (x >= 0).to(x.dtype).mul_(2).sub_(1)  # four times faster than torch.where
+        taps = matrix.sum(-1).unsqueeze(1)
+        halves = torch.baddbmm(0.25 * taps, signs, 0.25 * matrix.mT)  # half the number of ones
+    return signs, halves.frac_().mul_(4).sub_(1)
+
+
+def _gates_backward(g: Tensor, signs: Tensor, y: Tensor, matrix: Tensor, u: Tensor | None) -> Tensor:
+    """sum_r g_r (-1)^(n-1) prod_{j != i} sign(x_j), times 1 - tanh^2(u_i) where u = s * x is given."""
+    # parity times the product of the other signs is y_r * sign(x_i): every factor is its own inverse
+    grad = torch.bmm(g * y, matrix).mul_(signs)
+    if u is not None:  # 1 - tanh^2(u) = 4 p (1 - p) with p = sigmoid(2u), which is three times faster than tanh
+        grad = torch.ops.aten.sigmoid_backward(grad.mul_(4), torch.sigmoid(2 * u))
+    return grad
+
+
 class _Decode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, u: Tensor, matrix: Tensor, surrogate: bool) -> Tensor:
-        with torch.autocast(u.device.type, enabled=False):  # the counts of ones must be exact
-            bits = (u >= 0).to(u.dtype)
-            ones = bits @ matrix.mT
-        y = 2 * (ones - 2 * (ones * 0.5).floor()) - 1
-        ctx.save_for_backward(u, bits, y, matrix)
-        ctx.surrogate = surrogate
+        signs, y = _gates(u, matrix)
+        ctx.save_for_backward(signs, y, matrix, u if surrogate else None)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
-        u, bits, y, matrix = ctx.saved_tensors
-        # parity times the product of the other signs is y_r * sign(u_i): every factor is its own inverse
-        grad = ((grads[0] * y) @ matrix).mul_(2 * bits - 1)
-        if ctx.surrogate:  # 1 - tanh^2(u) = 4 p (1 - p) with p = sigmoid(2u), which is three times faster than tanh
-            p = torch.sigmoid(2 * u)
-            grad.mul_(p * (1 - p)).mul_(4)
-        return grad, None, None
+        return _gates_backward(grads[0], *ctx.saved_tensors), None, None
+
+
+class _DecodeAll(torch.autograd.Function):
+    """The weights of several layers of one spec; the gates of all their slices are computed together."""
+
+    @staticmethod
+    def forward(ctx: Any, quantizers: "Sequence[FleXOR]", *tensors: Tensor) -> tuple[Tensor, ...]:
+        latents, alphas = tensors[: len(quantizers)], tensors[len(quantizers) :]
+        ctx.quantizers, ctx.slices = quantizers, [x.shape[1] for x in latents]
+        x, matrix = torch.cat(latents, 1), quantizers[0].matrix
+        signs, y = _gates(x, matrix)
+        u = None
+        if quantizers[0].mode == "flexor":
+            ctx.s = torch.cat([q.s.expand(n) for q, n in zip(quantizers, ctx.slices, strict=True)]).unsqueeze(1)
+            u = x.mul_(ctx.s)
+        ctx.save_for_backward(signs, y, matrix, u, *alphas)
+        parts = zip(quantizers, torch.split(y, ctx.slices, 1), alphas, strict=True)
+        return tuple(q.combine(part, alpha) for q, part, alpha in parts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        signs, y, matrix, u, *alphas = ctx.saved_tensors
+        g_y, g_alphas = torch.zeros_like(y), []
+        both = zip(torch.split(y, ctx.slices, 1), torch.split(g_y, ctx.slices, 1), strict=True)
+        for q, alpha, g, (part, g_part) in zip(ctx.quantizers, alphas, grads, both, strict=True):
+            g_alphas.append((g * q.planes(part)).flatten(2).sum(2).view_as(alpha))
+            count = g.numel()
+            for plane, scale in zip(g_part, alpha, strict=True):
+                torch.mul(g, scale, out=plane.view(-1)[:count].view(g.shape))
+        g_x = _gates_backward(g_y, signs, y, matrix, u)
+        if u is not None:
+            g_x.mul_(ctx.s)
+        return None, *torch.split(g_x, ctx.slices, 1), *g_alphas
 
 
 def decode(x: Tensor, s: Tensor | float, matrix: Tensor, mode: str = "flexor") -> Tensor:
@@ -80,8 +122,7 @@ class FleXOR(Quantizer):
     scratch, and the float weight is not used. Codes of the last slice beyond the weight are dropped. Weights are cut
     into slices in PyTorch's order [out, in, k, k]; the paper's is [k, k, in, out], which changes only which weights
     share a slice. alpha is learned, one per output channel and plane. `s` (S_tanh) is a 0-dim buffer that `Sharpness`
-    anneals. The wiring follows from `matrix_seed`, so `stored_bits` leaves it out; it would take q * n_out * n_in bits
-    per net.
+    anneals. The wiring takes q * n_out * n_in bits, once for all layers of an equal spec (`shared_bits`).
 
     bits: stored bits per weight, q * n_in / n_out. For n_in, n_out, n_tap, q, matrix, stage see `xor_spec.make`.
     alpha: initial value, or `he` for sqrt(2 / fan_in), which nets without batch-norm need.
@@ -144,24 +185,29 @@ class FleXOR(Quantizer):
         """Decoded slices [q, slices, n_out] as planes of the weight's shape [q, *weight]; the surplus is dropped."""
         return decoded.flatten(1)[:, : math.prod(self.shape)].view(self.spec.q, *self.shape)
 
+    def combine(self, decoded: Tensor, alpha: Tensor) -> Tensor:
+        """W = sum_i alpha_i * y_i of decoded slices [q, slices, n_out]."""
+        scaled = self.planes(decoded) * alpha
+        return scaled.sum(0) if len(scaled) > 1 else scaled[0]
+
     def quantize(self, x: Tensor) -> Tensor:
-        return (self.planes(decode(x, self.s, self.matrix, self.mode)) * self.alpha).sum(0)
+        return self.combine(decode(x, self.s, self.matrix, self.mode), self.alpha)
 
     @classmethod
     def quantize_all(cls, weights: Sequence[Tensor], quantizers: Sequence[Quantizer]) -> list[Tensor]:
-        """All layers of an equal spec are decoded in one pass over their slices."""
-        groups: dict[tuple[XorSpec, str], list[int]] = {}
-        for i, one in enumerate(quantizers):
-            groups.setdefault((one.spec, one.mode), []).append(i)  # type: ignore[arg-type, index]
-        hats: dict[int, Tensor] = {}
-        for (_, mode), members in groups.items():
-            qs: list[FleXOR] = [quantizers[i] for i in members]  # type: ignore[misc]
-            slices = [weights[i].shape[1] for i in members]
-            s = torch.cat([q.s.expand(n) for q, n in zip(qs, slices, strict=True)]).unsqueeze(1)
-            decoded = decode(torch.cat([weights[i].float() for i in members], 1), s, qs[0].matrix, mode)
-            for i, q, part in zip(members, qs, torch.split(decoded, slices, 1), strict=True):
-                hats[i] = (q.planes(part) * q.alpha).sum(0)
-        return [hats[i] for i in range(len(quantizers))]
+        """All layers of an equal spec are decoded in one pass over their slices (mode analog: layer by layer)."""
+        qs: list[FleXOR] = list(quantizers)  # type: ignore[arg-type]
+        hats: list[Tensor] = list(weights)
+        for spec, mode in dict.fromkeys((q.spec, q.mode) for q in qs):
+            members = [i for i, q in enumerate(qs) if (q.spec, q.mode) == (spec, mode)]
+            if mode == "analog":
+                decoded = tuple(qs[i](weights[i]) for i in members)
+            else:
+                tensors = [weights[i].float() for i in members] + [qs[i].alpha for i in members]
+                decoded = _DecodeAll.apply([qs[i] for i in members], *tensors)  # type: ignore[no-untyped-call]
+            for i, hat in zip(members, decoded, strict=True):
+                hats[i] = hat
+        return hats
 
     def codes(self, x: Tensor) -> Codes:
         """The decoded bits as planes of -1 and +1, with alpha as coefficients."""
@@ -169,12 +215,20 @@ class FleXOR(Quantizer):
             planes = self.planes(decode(x.float(), self.s, self.matrix))
         return Codes("planes", planes.to(torch.int8), {"coefficients": self.alpha.detach()})
 
+    def gradient_share(self, x: Tensor) -> Tensor:
+        """1 - tanh^2(s * x), for mode=ste 1; 0 for stored bits that reach no gate."""
+        share = torch.ones_like(x) if self.mode == "ste" else 1 - torch.tanh(self.s * x).square()
+        return share * (self.matrix.sum(1, keepdim=True) > 0)
+
     @property
     def levels(self) -> int:
         return int(2**self.spec.q)
 
     def stored_bits(self, weight: Tensor) -> tuple[float, float]:
         return float(weight.numel()), 32.0 * self.alpha.numel()
+
+    def shared_bits(self) -> dict[Any, float]:
+        return {self.spec: float(self.matrix.numel())}
 
     def traces(self) -> dict[str, float]:
         return {"alpha": float(self.alpha.detach().mean()), "s_tanh": float(self.s)}
@@ -188,31 +242,35 @@ class Sharpness(Hook):
 
     S(t) = s * (1/2 + 1/2 * min(1, t / warmup)) * 2^(number of `doublings` <= t); warmup=0 leaves out the first factor.
     The paper doubles S where the learning rate drops (150 and 175 of 200 epochs are shares 0.75 and 0.875), since
-    weight decay keeps shrinking the encrypted weights; schedules without drops get it at the same shares. With `clip`
-    the encrypted weights are cut to +-2/S after each step (Fig. 15b).
+    weight decay keeps shrinking the encrypted weights; schedules without drops get it at the same shares. The word
+    `lr` instead of shares means: where the run's own learning rate rises (warmup) or drops (doublings; none unless the
+    schedule is `step`). With `clip` the encrypted weights are cut to +-2/S after each step (Fig. 15b).
 
     Errors: ValueError on a share outside 0..1 or s not above 0.
     Reference: arXiv 2009.04126, Sec. 4, Fig. 6 and 15
     """
 
     def __init__(
-        self, s: float = 10.0, warmup: float = 0.0, doublings: Sequence[float] = (), clip: bool = False
+        self, s: float = 10.0, warmup: float | str = 0.0, doublings: Sequence[float] | str = (), clip: bool = False
     ) -> None:
         super().__init__()
         if not s > 0:
             raise ValueError(f"s must be above 0, got {s!r}")
-        for name, shares in (("warmup", [warmup]), ("doublings", doublings)):
-            if not all(0 <= share <= 1 for share in shares):
-                raise ValueError(f"{name} must be shares of the training in 0..1, got {list(shares)}")
-        self.start, self.warmup, self.doublings, self.clip = float(s), warmup, tuple(doublings), clip
+        for name, given in (("warmup", warmup), ("doublings", doublings)):
+            shares = [given] if isinstance(given, int | float) else given
+            if given != "lr" and not all(isinstance(x, int | float) and 0 <= x <= 1 for x in shares):
+                raise ValueError(f"{name} must be shares of the training in 0..1 or 'lr', got {given!r}")
+        self.start, self.warmup, self.doublings, self.clip = float(s), warmup, doublings, clip
 
-    def value(self, share: float) -> float:
-        """S after this share of the training."""
-        rise = min(1.0, share / self.warmup) if self.warmup else 1.0
-        return self.start * (0.5 + 0.5 * rise) * float(2 ** sum(share >= d for d in self.doublings))
+    def value(self, share: float, lr_warmup: float = 0.0, lr_drops: Sequence[float] = ()) -> float:
+        """S after this share of the training; the others are the shares that `lr` stands for."""
+        warmup = lr_warmup if isinstance(self.warmup, str) else self.warmup
+        doublings = lr_drops if isinstance(self.doublings, str) else self.doublings
+        rise = min(1.0, share / warmup) if warmup else 1.0
+        return self.start * (0.5 + 0.5 * rise) * float(2 ** sum(share >= d for d in doublings))
 
     def before_step(self, state: State) -> None:
-        value = self.value(state.step / max(1, state.steps))
+        value = self.value(state.step / max(1, state.steps), state.warmup, state.lr_drops)
         for module in state.model.modules():
             if isinstance(module, FleXOR):
                 module.s.fill_(value)

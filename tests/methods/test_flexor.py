@@ -16,6 +16,7 @@ from qbench.method import Rule, State
 from qbench.methods.flexor import FleXOR, Sharpness, decode, wiring_tensor
 from qbench.models.lenet import LeNet5
 from qbench.models.resnet import ResNetCIFAR
+from qbench.recipe import Recipe
 from qbench.xor_spec import XorSpec
 
 M = torch.tensor([[1.0, 1, 0], [1, 0, 1], [0, 1, 1], [1, 1, 1]])[None]
@@ -226,6 +227,18 @@ def test_quantizer(bits: float, q: int | None) -> None:
     assert codes / 315 == pytest.approx(bits * 320 / 315)  # 16 slices hold 320 codes for 315 weights
 
 
+def test_size_counts_padding_scales_and_one_matrix() -> None:
+    net = nn.Sequential(nn.Conv2d(5, 7, 3), nn.Conv2d(7, 3, 3), nn.Conv2d(3, 4, 1))
+    surgery.quantize(net, [Rule(weight=lambda layer, site: FleXOR(layer, site, bits=0.8))])
+    # 315, 189 and 12 weights are 16, 10 and 1 slices of 16 bits; 14 scales; M is 16 x 20, once
+    bits = (16 + 10 + 1) * 16 + 14 * 32 + 320
+    assert surgery.size(net)["bits_per_weight"] == pytest.approx(bits / 516)
+    entry = surgery.manifest(net, {})["weights"]["1.weight"]
+    rows = [tuple(map(int, gate.split("+"))) for gate in entry["wiring"][0].split()]
+    assert tuple(rows) == xor_spec.wiring(XorSpec(16), 0)
+    assert entry["rank"] == [xor_spec.rank(rows)]
+
+
 def test_alpha_he() -> None:
     quantizer = FleXOR(nn.Conv2d(4, 8, 3), "weight", bits=0.8, alpha="he")
     assert torch.allclose(quantizer.alpha, torch.tensor(math.sqrt(2 / 36)))
@@ -265,9 +278,21 @@ def test_sharpness() -> None:
     shares = (0.0, 0.1, 0.2, 0.5, 0.7499, 0.75, 0.875, 1.0)
     assert [hook.value(t) for t in shares] == [5.0, 7.5, 10.0, 10.0, 10.0, 20.0, 40.0, 40.0]
     assert Sharpness(100.0).value(0.0) == Sharpness(100.0).value(1.0) == 100.0
-    for bad in ({"s": 0.0}, {"warmup": 2.0}, {"doublings": [150]}):
+    for bad in ({"s": 0.0}, {"warmup": 2.0}, {"doublings": [150]}, {"warmup": "epochs"}, {"doublings": ["lr"]}):
         with pytest.raises(ValueError, match="must be"):
             Sharpness(**bad)  # type: ignore[arg-type]
+
+
+def test_sharpness_follows_the_learning_rate() -> None:
+    """500 epochs, 100 of warm-up, drops at 350, 400 and 450: S rises with the rate and doubles where it halves."""
+    recipe = Recipe(epochs=500, warmup=100, schedule="step", milestones=(350, 400, 450), gamma=0.5)
+    hook = Sharpness(10.0, warmup="lr", doublings="lr")
+    shares = [round(m) / 500 for m in recipe.milestones]
+    for epoch in range(500):
+        lr = recipe.lr_factor(epoch, 500, 1)
+        s = hook.value(epoch / 500, recipe.warmup / 500, shares)
+        assert s == pytest.approx(5 + 5 * epoch / 100 if epoch < 100 else 10 / lr)
+    assert hook.value(0.9) == 10.0  # neither warm-up nor drops
 
 
 def test_sharpness_sets_the_buffers_and_clips() -> None:
