@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from qbench.quantizer import Codes, Quantizer, check_bits, check_choice
+from qbench.quantizer import Codes, Kernel, Quantizer, check_bits, check_choice
 
 
 class _Bounded(torch.autograd.Function):
@@ -55,6 +55,9 @@ class DoReFaActivation(Quantizer):
 
     def quantize(self, x: Tensor) -> Tensor:
         return _Bounded.apply(x, self.levels - 1, self.bound)  # type: ignore[no-any-return]
+
+    def kernel(self, shape: torch.Size) -> Kernel | None:
+        return Kernel("clip", 1.0, steps=self.levels - 1, closed=True) if self.bound == "clip" else None
 
     def codes(self, x: Tensor) -> Codes:
         """Codes 0..n with step 1 / n."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from qbench.quantizer import Codes, Quantizer, check_bits, check_choice
+from qbench.quantizer import Codes, Kernel, Quantizer, check_bits, check_choice
 
 SMALLEST = 1e-6  # the step is read as at least this: the optimizer may carry it to 0 or below
 
@@ -82,10 +82,17 @@ class LSQ(Quantizer):
             self.step.fill_(2 * self._total / self._seen / math.sqrt(self.bounds[1]))
         self._total, self._seen = 0.0, 0
 
+    def slope(self, shape: torch.Size) -> float:
+        """1 / sqrt(N Q_P): the factor of the step's gradient, for an input of this shape."""
+        n = shape.numel() if self.is_weight or self.count == "numel" else shape[1:].numel()
+        return 1 / math.sqrt(n * self.bounds[1])
+
     def quantize(self, x: Tensor) -> Tensor:
+        return _Quantize.apply(x, self.step, *self.bounds, self.slope(x.shape))  # type: ignore[no-any-return, no-untyped-call]
+
+    def kernel(self, shape: torch.Size) -> Kernel:
         lo, hi = self.bounds
-        n = x.numel() if self.is_weight or self.count == "numel" else x[0].numel()
-        return _Quantize.apply(x, self.step, lo, hi, 1 / math.sqrt(n * hi))  # type: ignore[no-any-return]
+        return Kernel("learned", max(self.step.item(), SMALLEST), self.step, lo=lo, hi=hi, slope=self.slope(shape))
 
     def codes(self, x: Tensor) -> Codes:
         """Codes -Q_N..Q_P with the learned step."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from qbench.quantizer import Codes, Quantizer, check_bits
+from qbench.quantizer import Codes, Kernel, Quantizer, check_bits
 
 SMALLEST = 1e-3  # alpha is read as at least this: its decay may pull it to 0, and a step of 0 divides by 0
 PAPER = 10.0  # the initial alpha of the paper's Figure 2
@@ -86,6 +86,9 @@ class PACT(Quantizer):
 
     def quantize(self, x: Tensor) -> Tensor:
         return _Clip.apply(x, self.alpha, self.levels - 1)  # type: ignore[no-any-return]
+
+    def kernel(self, shape: torch.Size) -> Kernel:
+        return Kernel("clip", max(self.alpha.item(), SMALLEST), self.alpha, self.levels - 1)
 
     def codes(self, x: Tensor) -> Codes:
         """Codes 0..n with step alpha / n."""

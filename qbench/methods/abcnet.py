@@ -1,0 +1,137 @@
+"""ABC-Net: M binary bases for weights, N shifted binary activations for inputs. Reference: arXiv 1711.11294"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from qbench import ops
+from qbench.binary import Slope
+from qbench.layers import QuantLayer
+from qbench.quantizer import Codes, Quantizer, check_bits
+
+# v of Table S4, for ResNet-18; the paper is silent on other numbers, which are spread evenly over -1.5..1.5
+SHIFTS = {1: (0.0,), 3: (-1.5, 0.0, 1.5), 5: (-3.5, -2.5, -1.5, 0.0, 2.5)}
+
+
+def spread(count: int, bound: float) -> list[float]:
+    """`count` numbers from -bound to bound; 0 for one. Reference: arXiv 1711.11294, Eq. 4 with bound 1"""
+    return [0.0] if count == 1 else [bound * (2 * i / (count - 1) - 1) for i in range(count)]
+
+
+class BinaryBases(Quantizer):
+    """w_hat = sum_m alpha_m B_m, B_m = sign(w - mean(w) + u_m std(w)), one set per layer; sign(0) = +1.
+
+    alpha solves min |w - sum_m alpha_m B_m|^2 in each forward pass; where bases coincide it is the solution of least
+    norm. The standard deviation has n in its denominator. The gradient is g * sum_m alpha_m slope_m, alpha a constant
+    and slope_m that of `Slope` at w - mean + u_m std, by default 1.
+
+    M + 1 different values come out, as the thresholds are ordered; a conv with it is M binary convs, and M bits per
+    weight are stored.
+
+    Args:
+        bits: M, 1..8
+        shifts: u_1..u_M; None spreads them evenly over -1..1
+
+    Errors: ValueError on bits out of range or a wrong number of shifts.
+    Reference: arXiv 1711.11294, Eq. 2-6
+    """
+
+    idempotent = False  # the bases of a quantized weight have other thresholds
+    u: Tensor
+
+    def __init__(
+        self,
+        layer: QuantLayer,
+        site: str,
+        *,
+        bits: float,
+        gradient: str = "identity",
+        shifts: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.bits = check_bits(bits, 1, 8)
+        u = spread(self.bits, 1.0) if shifts is None else list(shifts)
+        if len(u) != self.bits:
+            raise ValueError(f"w_bits={self.bits} needs {self.bits} shifts of weights, got {u}")
+        self.slope = Slope(gradient)
+        self.register_buffer("u", torch.tensor(u))
+
+    @property
+    def levels(self) -> int:
+        return int(self.bits) + 1
+
+    def shifted(self, w: Tensor) -> Tensor:
+        """w - mean + u_m std, [M, *weight]."""
+        return w - w.mean() + self.u.view(-1, *[1] * w.dim()) * w.std(unbiased=False)
+
+    def coefficients(self, w: Tensor, bases: Tensor) -> Tensor:
+        """alpha, [M, 1, ...], from the normal equations in float64."""
+        b = bases.flatten(1).double()
+        gram, right = b @ b.T / b.shape[1], b @ w.flatten().double() / b.shape[1]
+        alpha: Tensor = torch.linalg.pinv(gram, hermitian=True, rtol=1e-9) @ right
+        return alpha.to(w.dtype).view(-1, *[1] * w.dim())
+
+    def quantize(self, x: Tensor) -> Tensor:
+        shifted = self.shifted(x.detach())
+        with torch.autocast(x.device.type, enabled=False):
+            bases = ops.sign_value(shifted)
+            alpha = self.coefficients(x.detach(), bases)
+        slope = (alpha * self.slope(shifted)).sum(0)
+        return ops.straight_through(x * slope, (alpha * bases).sum(0))
+
+    @torch.no_grad()
+    def codes(self, x: Tensor) -> Codes:
+        """The M bases as planes of -1 and +1, with alpha as coefficients."""
+        w = x.float()
+        bases = ops.sign_value(self.shifted(w))
+        return Codes("planes", bases.to(torch.int8), {"coefficients": self.coefficients(w, bases)})
+
+    def stored_bits(self, weight: Tensor) -> tuple[float, float]:
+        return float(weight.numel() * self.bits), 32.0 * self.bits
+
+
+class BinaryActivations(Quantizer):
+    """x_hat = sum_n beta_n A_n, A_n = +1 where clip(x + v_n, 0, 1) >= 1/2, else -1; beta_n and v_n are learned.
+
+    With slope_n = 1[0 <= x + v_n <= 1] the gradients are dL/dx = g sum_n beta_n slope_n, dL/dv_n = sum(g beta_n
+    slope_n), dL/dbeta_n = sum(g A_n). Another of the slopes of `Slope` is taken at x + v_n - 1/2. beta is 1 at first.
+
+    Args:
+        bits: N, 1..8
+        shifts: v_1..v_N at first; None is the paper's table for 1, 3 and 5, else evenly over -1.5..1.5
+
+    Errors: ValueError on bits out of range or a wrong number of shifts.
+    Reference: arXiv 1711.11294, Eq. 7-11 and Table S4
+    """
+
+    idempotent = False
+
+    def __init__(
+        self,
+        layer: QuantLayer,
+        site: str,
+        *,
+        bits: float,
+        gradient: str = "clipped",
+        shifts: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.bits = check_bits(bits, 1, 8)
+        v = SHIFTS.get(self.bits, spread(self.bits, 1.5)) if shifts is None else list(shifts)
+        if len(v) != self.bits:
+            raise ValueError(f"a_bits={self.bits} needs {self.bits} shifts of inputs, got {list(v)}")
+        self.slope = Slope(gradient, clip=0.5)
+        self.v, self.beta = nn.Parameter(torch.tensor(v)), nn.Parameter(torch.ones(self.bits))
+
+    @property
+    def levels(self) -> int:
+        return int(self.bits) + 1
+
+    def quantize(self, x: Tensor) -> Tensor:
+        parts = [b * self.slope.sign(x + v - 0.5) for b, v in zip(self.beta, self.v, strict=True)]
+        return torch.stack(parts).sum(0)
+
+    def traces(self) -> dict[str, float]:
+        named = {"v": self.v, "beta": self.beta}
+        return {f"{k}{i}": value for k, p in named.items() for i, value in enumerate(p.detach().tolist())}

@@ -1,0 +1,59 @@
+"""IR-Net: balanced, standardized binary weights with shift scales, and a gradient that sharpens. arXiv 1909.10788"""
+
+import torch
+from torch import Tensor
+
+from qbench import ops
+from qbench.binary import Slope
+from qbench.layers import QuantLayer
+from qbench.quantizer import Codes, Quantizer, check_bits
+
+
+def standardize(w: Tensor) -> Tensor:
+    """(w - mean) / std of each output channel, std with n - 1 in its denominator; the gradient flows through both."""
+    dims = tuple(range(1, w.dim()))
+    centred = w - w.mean(dims, keepdim=True)
+    # a channel of equal weights has no direction: its std is kept from 0
+    return centred / centred.std(dims, keepdim=True).clamp_min(1e-8)
+
+
+class LibraWeight(Quantizer):
+    """w_hat = sign(z) * 2^s, z = (w - mean) / std of each output channel, s = round(log2(mean|z|)); sign(0) = +1.
+
+    The scale is a shift and a constant in the gradient; the sign has the gradient of `Slope`, which flows on through
+    the standardization. With `shift` off the scale is mean|z| itself, the least-squares scale without the rounding.
+
+    Weight: [out, in, ...], at least two weights per output channel.
+
+    Errors: ValueError on bits other than 1, an unknown gradient, one weight per output channel.
+    Reference: arXiv 1909.10788, Sec. 3.2, Eq. 5-7
+    """
+
+    granularity = "per_channel"
+    idempotent = False  # a quantized channel is not balanced
+
+    def __init__(
+        self, layer: QuantLayer, site: str, *, bits: float = 1, gradient: str = "tanh", shift: bool = True
+    ) -> None:
+        super().__init__()
+        self.bits = check_bits(bits, 1, 1)
+        self.slope, self.shift = Slope(gradient), shift
+        if layer.weight[0].numel() < 2:
+            raise ValueError("IR-Net standardizes each output channel and needs at least two weights in it, got 1")
+
+    def scale(self, z: Tensor) -> Tensor:
+        """2^s of each output channel of standardized weights, [out, 1, ...]; no gradient."""
+        magnitude = z.detach().abs().mean(tuple(range(1, z.dim())), keepdim=True).clamp_min(2.0**-20)
+        return torch.exp2(magnitude.log2().round()) if self.shift else magnitude
+
+    def quantize(self, x: Tensor) -> Tensor:
+        z = standardize(x)
+        return self.slope.sign(z) * self.scale(z)
+
+    def codes(self, x: Tensor) -> Codes:
+        """One plane of -1 and +1, with 2^s as its coefficient."""
+        z = standardize(x.detach().float())
+        return Codes("planes", ops.sign_value(z).to(torch.int8)[None], {"coefficients": self.scale(z)[None]})
+
+    def stored_bits(self, weight: Tensor) -> tuple[float, float]:
+        return float(weight.numel()), 32.0 * weight.shape[0]
