@@ -4,6 +4,7 @@ No gradient here comes from autograd of clamp or hardtanh: their value at a boun
 versions, and at two bits half of all codes lie on a bound. Every mask is written out.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -65,9 +66,49 @@ def sign_clipped(x: Tensor, inclusive: bool = False) -> Tensor:
     return _SignClipped.apply(x, inclusive)  # type: ignore[no-any-return]
 
 
+class _SignWithSlope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slope: Tensor) -> Tensor:
+        ctx.save_for_backward(slope)
+        return sign_value(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0] * ctx.saved_tensors[0], None
+
+
+def sign_with_slope(x: Tensor, slope: Tensor) -> Tensor:
+    """sign(x), +1 at 0, with gradient `slope`, a tensor of x's shape that gets no gradient itself."""
+    return _SignWithSlope.apply(x, slope)  # type: ignore[no-any-return]
+
+
+def polynomial_slope(x: Tensor) -> Tensor:
+    """max(0, 2 - 2 |x|): the derivative of the quadratic pieces 2x + x^2 and 2x - x^2 (arXiv 1808.00278 Eq. 6)."""
+    return (2 - 2 * x.abs()).clamp_min(0)
+
+
+def tanh_slope(x: Tensor, t: Tensor) -> Tensor:
+    """k t (1 - tanh^2(t x)), the derivative of k tanh(t x), with k = max(1/t, 1) (arXiv 1909.10788 Eq. 8)."""
+    return (1 / t).clamp_min(1) * t * (1 - (t * x).tanh().square())
+
+
+def fourier_slope(x: Tensor, n: Tensor, omega: float) -> Tensor:
+    """(4 omega / pi) * sum_{i=0..n} cos((2i + 1) omega x): a square wave's series, differentiated term by term.
+
+    The sum is sin(2 (n + 1) u) / (2 sin u) with u = omega x, and (n + 1) cos u where sin u vanishes. Where |x| >= pi /
+    omega, half a period, the wave is no longer the sign, and the slope is 0. Reference: arXiv 2103.00841 Eq. 10
+    """
+    u = omega * x
+    below = u.sin()
+    flat = below.abs() < 1e-4
+    total = torch.where(flat, (n + 1) * u.cos(), (2 * (n + 1) * u).sin() / (2 * torch.where(flat, 1.0, below)))
+    return 4 * omega / math.pi * total * (u.abs() < math.pi)
+
+
 class _Clip(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, lo: float, hi: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, lo: Any, hi: Any) -> Tensor:
         ctx.save_for_backward((x >= lo) & (x <= hi))
         return x.clamp(lo, hi)
 
@@ -77,8 +118,8 @@ class _Clip(torch.autograd.Function):
         return grads[0] * ctx.saved_tensors[0], None, None
 
 
-def clip(x: Tensor, lo: float, hi: float) -> Tensor:
-    """clip(x, lo, hi); gradient 1 on lo <= x <= hi (both bounds inside), else 0."""
+def clip(x: Tensor, lo: float | Tensor, hi: float | Tensor) -> Tensor:
+    """clip(x, lo, hi); gradient 1 on lo <= x <= hi (both bounds inside), else 0; none to the bounds."""
     return _Clip.apply(x, lo, hi)  # type: ignore[no-any-return]
 
 

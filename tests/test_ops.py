@@ -146,3 +146,37 @@ def test_a_second_derivative_is_refused(function: object) -> None:
     (first,) = torch.autograd.grad((function(x) ** 2).sum(), x, create_graph=True)  # type: ignore[operator]
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
+
+
+def test_sign_with_slope_multiplies_the_gradient() -> None:
+    x, slope = torch.tensor([-0.5, -0.0, 2.0]), torch.tensor([3.0, -1.0, 0.5], requires_grad=True)
+    upstream = torch.tensor([1.0, 2.0, 4.0])
+    assert ops.sign_with_slope(x, slope).tolist() == [-1, 1, 1]
+    assert gradient(lambda x: ops.sign_with_slope(x, slope), x, upstream).tolist() == [3, -2, 2]
+    assert slope.grad is None
+
+
+@pytest.mark.parametrize("n", [0, 1, 9, 18])
+def test_fourier_slope_is_the_sum_of_cosines(n: int) -> None:
+    omega = math.pi / 2
+    x = torch.cat([torch.linspace(-2.5, 2.5, 101), torch.tensor([0.0, 1e-6, 1.9999])]).double()
+    want = sum(torch.cos((2 * i + 1) * omega * x) for i in range(n + 1)) * 4 * omega / math.pi
+    want = torch.where(omega * x.abs() < math.pi, want, 0.0)
+    torch.testing.assert_close(ops.fourier_slope(x, torch.tensor(n), omega), want, rtol=1e-6, atol=1e-6)
+
+
+def test_fourier_slope_by_hand() -> None:
+    """omega = pi/2: one term is 2 cos(pi x / 2); ten terms are 20 at 0 and oscillate around 0 elsewhere."""
+    x = torch.tensor([0.0, 0.1, 0.5, 1.0])
+    one = ops.fourier_slope(x, torch.tensor(0), math.pi / 2)
+    torch.testing.assert_close(one, torch.tensor([2.0, 1.9754, 1.4142, 0.0]), rtol=1e-4, atol=1e-6)
+    ten = ops.fourier_slope(x, torch.tensor(9), math.pi / 2)
+    torch.testing.assert_close(ten, torch.tensor([20.0, 0.0, 0.0, 0.0]), rtol=1e-4, atol=1e-4)
+
+
+def test_tanh_slope_by_hand() -> None:
+    """k = max(1/t, 1): 1 at 0 while t <= 1, then t."""
+    for t, at_zero in ((1e-3, 1.0), (0.5, 1.0), (1.0, 1.0), (10.0, 10.0)):
+        assert float(ops.tanh_slope(torch.zeros(()), torch.tensor(t))) == pytest.approx(at_zero)
+    got = ops.tanh_slope(torch.tensor([0.1]), torch.tensor(10.0))
+    torch.testing.assert_close(got, torch.tensor([10 * (1 - math.tanh(1) ** 2)]))

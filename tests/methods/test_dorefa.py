@@ -163,3 +163,31 @@ def test_two_steps_with_quantized_gradients() -> None:
     assert len(seen) == 2
     assert max(image.unique().numel() for image in seen[0]) <= 16
     assert net.conv2.quantized_weight().unique().numel() == 2
+
+
+@pytest.mark.parametrize(("x", "y", "want"), [([3, 1, 2], [1, 3, 2], 10)])
+def test_bit_planes_by_hand(x: list[int], y: list[int], want: int) -> None:
+    assert bit_planes(torch.tensor(x), torch.tensor(y), 2, 2) == want
+
+
+def bit_planes(x: Tensor, y: Tensor, m: int, k: int) -> int:
+    """sum over planes of 2^(i + j) popcount(and(c_i(x), c_j(y))), Eq. 3, on words of one bit per element."""
+
+    def word(codes: Tensor, plane: int) -> int:
+        return sum((c >> plane & 1) << i for i, c in enumerate(codes.tolist()))
+
+    return sum((word(x, i) & word(y, j)).bit_count() << i + j for i in range(m) for j in range(k))
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 2**31))
+def test_bit_planes_give_the_real_product(w_bits: int, a_bits: int, seed: int) -> None:
+    """w_hat . a_hat = step_w step_a (sum of planes - zero_w sum of a's codes)."""
+    generator = torch.Generator().manual_seed(seed)
+    w, a = torch.randn(37, generator=generator), torch.rand(37, generator=generator)
+    cw, ca = weight(w_bits).codes(w), activation(a_bits).codes(a)
+    planes = bit_planes(cw.codes, ca.codes, w_bits, a_bits)
+    assert planes == int((cw.codes * ca.codes).sum())
+    product = planes - float(cw.tensors["zero"]) * int(ca.codes.sum())
+    product *= float(cw.tensors["step"]) * float(ca.tensors["step"])
+    real = (weight(w_bits)(w) * activation(a_bits)(a)).sum()
+    assert product == pytest.approx(float(real), rel=1e-4, abs=1e-4)

@@ -157,3 +157,23 @@ def test_inputs_of_binary_layers_see_both_signs(net: str) -> None:
     model(torch.randn(4, 3, 8, 8))
     assert seen
     assert all(0.2 < float((x >= 0).float().mean()) < 0.8 for x in seen.values())
+
+
+def test_another_gradient_through_the_signs_is_an_option_and_null_changes_nothing() -> None:
+    def net(**options: object) -> Tiny:
+        torch.manual_seed(0)
+        tiny = Tiny(channels=3, classes=10, size=8)
+        surgery.quantize(tiny, _method(**options).rules)
+        return tiny
+
+    plain, other = net(), net(act_gradient="polynomial", weight_gradient="identity")
+    assert plain.conv2.input_quantizer.slope is plain.conv2.weight_quantizer.slope is None
+    assert other.conv2.input_quantizer.slope.kind == "polynomial"
+    assert other.conv2.weight_quantizer.slope.kind == "identity"
+    assert plain.state_dict().keys() == other.state_dict().keys()
+    x = torch.randn(2, 8, 4, 4)
+    assert plain.conv2(x).equal(other.conv2(x))
+    leaf = torch.tensor([-0.5, 0.25, 1.5]).requires_grad_()
+    for module, want in ((plain, [1, 1, 0]), (other, [1, 1.5, 0])):
+        (got,) = torch.autograd.grad(module.conv2.input_quantizer(leaf).sum(), leaf)
+        assert got.tolist() == want
