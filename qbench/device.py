@@ -2,7 +2,10 @@
 
 import ctypes
 import os
+import platform
+import re
 import sys
+from pathlib import Path
 
 import torch
 
@@ -24,13 +27,24 @@ def pick(device: str) -> torch.device:
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def cpu() -> str:
+    """The processor's name, as the system tells it."""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.+)", info.read_text()) if info.is_file() else None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def set_threads(threads: int | None) -> int:
     """Use `threads` CPU threads; None: OMP_NUM_THREADS if set (a parallel sweep sets 1), else every core we may use."""
     if threads is not None and (not isinstance(threads, int) or threads < 1):
         raise UserError(f"threads must be a whole number of at least 1, got {threads!r}")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     asked = os.environ.get("OMP_NUM_THREADS", "")
-    count = threads or (int(asked) if asked.isdigit() else 0) or cores
+    count = threads or (int(asked) if asked.isdigit() else 0) or cores()
     torch.set_num_threads(count)
     return count
 

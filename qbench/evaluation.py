@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qbench.kernels.fuse import fuse
 from qbench.layers import quantized_weights
 from qbench.surgery import activation_quantizers
 
@@ -72,10 +73,11 @@ def calibrate(
 def evaluate(model: nn.Module, batches: Batches, device: torch.device, precision: str) -> tuple[float, float]:
     """(mean cross-entropy, accuracy in percent) over all images, counted over all workers."""
     model.eval()
+    net = fuse(model)
     totals = torch.zeros(3, dtype=torch.float64, device=device)
     with torch.no_grad(), autocast(device, precision), quantized_weights(model):
         for x, y in batches.epoch(0):
-            logits = model(x).float()
+            logits = net(x).float()
             totals[0] += F.cross_entropy(logits, y, reduction="sum")
             totals[1] += (logits.argmax(1) == y).sum()
             totals[2] += len(y)

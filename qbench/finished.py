@@ -64,6 +64,7 @@ def evaluate_checkpoint(config: dict[str, Any], path: Path) -> tuple[float, floa
 def plan(config: dict[str, Any]) -> dict[str, Any]:
     """What a run would do: resolved configuration, manifest, steps and an estimate of its seconds; nothing is kept."""
     run = prepare(config)
+    config = run.config
     place = device.pick(config["device"])
     device.set_threads(config["threads"])
     model, method, recipe = make_model(config, run.data).to(place), make_method(config), Recipe(**config["train"])

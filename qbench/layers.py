@@ -64,8 +64,9 @@ class QuantLayer(nn.Module):
             return F.conv2d(x, weight, bias, *shape)  # type: ignore[arg-type]
         return F.linear(x, weight, bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.input_quantizer is not None:
+    def forward(self, x: Tensor, quantized: bool = False) -> Tensor:
+        """`quantized`: x has been through the input quantizer (fused with what made it)."""
+        if self.input_quantizer is not None and not quantized:
             x = self.input_quantizer(x)
         y = self.apply_op(x, self.quantized_weight(), self.bias)
         if self.error_quantizer is not None:
@@ -98,7 +99,8 @@ def quantized_weights(model: nn.Module) -> Iterator[None]:
             quantizers = [layer.weight_quantizer for layer in layers]
             hats = cls.quantize_all([layer.weight for layer in layers], quantizers)  # type: ignore[arg-type]
             for layer, hat in zip(layers, hats, strict=True):
-                layer._weight_hat = hat
+                # a disabled quantizer returns the parameter itself, which must not be registered a second time
+                object.__setattr__(layer, "_weight_hat", hat)
         yield
     finally:
         for layers in groups.values():

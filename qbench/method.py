@@ -17,8 +17,9 @@ class Rule:
     match: a glob on the module's name, or '@first' / '@last' among the modules of `kind`. kind: class names, '|'
     between them (globs allowed). pair: class name of the module that consumes this one's output (conv + batch-norm);
     the factory in `replace` then gets both. weight / input / output / error: factories called with (layer, site).
-    replace: a factory called with (module, 'replace') that makes the new module; the other sites then sit on it. keep:
-    leave it alone, with the reason shown in the manifest. optional: matching nothing is no error.
+    replace: a factory called with (module, 'replace') that makes the new module; the other sites then sit on it.
+    channels: give it `channels=` too, the number of channels that reach the module (a ReLU does not know). keep: leave
+    it alone, with the reason shown in the manifest. optional: matching nothing is no error.
     """
 
     match: str = "*"
@@ -29,6 +30,7 @@ class Rule:
     output: Factory | None = None
     error: Factory | None = None
     replace: Factory | None = None
+    channels: bool = False
     keep: str | None = None
     optional: bool = False
 
@@ -58,6 +60,8 @@ class State:
     labels: Tensor | None = None
     logits: Tensor | None = None
     lr_scale: float = 1.0  # the schedule's present learning rate divided by its highest
+    warmup: float = 0.0  # share of this phase in which the learning rate rises
+    lr_drops: tuple[float, ...] = ()  # shares of this phase at which a step schedule cuts the learning rate
     info: dict[str, Any] = field(default_factory=dict)
 
 

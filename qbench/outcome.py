@@ -14,7 +14,7 @@ import yaml
 from torch import nn
 
 import qbench
-from qbench import checkpoint, files, plots, surgery, trainer
+from qbench import checkpoint, files, plots, surgery, telemetry_plots, trainer
 from qbench.recorder import Recorder
 from qbench.resolve import digest
 
@@ -52,6 +52,8 @@ def summary(run: "Run", model: nn.Module, outcome: trainer.Outcome) -> dict[str,
     result |= surgery.size(model)
     result |= {"weights_sha256": weights_sha256(model), "version": qbench.__version__, "torch": torch.__version__}
     result |= {"precision": config["train"]["precision"], "key": run.key}
+    if "auto" in config:
+        result["auto"] = config["auto"]
     result |= {"identity": run.identity, "epochs": config["train"]["epochs"], "seconds": round(outcome.seconds, 1)}
     return result
 
@@ -68,6 +70,7 @@ def write(run: "Run", model: nn.Module, kept: dict[str, str], recorder: Recorder
         plots.curves(folder, result)
     if any("quantizer" in entry for entry in manifest["weights"].values()):
         plots.histograms(folder, result)
+        telemetry_plots.telemetry(folder, result)
     recorder.result(result)
     recorder.close()
     for path in (

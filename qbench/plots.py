@@ -337,12 +337,16 @@ def _edges(histogram: dict[str, Any]) -> list[float]:
 
 
 def _save(figure: "Figure", path: Path, dpi: int, pdf: bool) -> Path:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
 
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi)
+    figure.set_dpi(dpi)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()  # savefig would draw twice, and encode a PNG that is decoded again here
+    width, height = canvas.get_width_height()
+    image = Image.frombuffer("RGBA", (width, height), canvas.buffer_rgba()).convert("RGB")
     smaller = io.BytesIO()
-    Image.open(buffer).convert("RGB").quantize(256).save(smaller, format="png", dpi=(dpi, dpi), optimize=True)
+    image.quantize(256).save(smaller, format="png", dpi=(dpi, dpi))
     atomic_write(path, smaller.getvalue())
     if pdf:
         page = io.BytesIO()

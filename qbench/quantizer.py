@@ -48,6 +48,32 @@ class Codes:
         return (self.codes.float() * self.tensors["coefficients"]).sum(0)
 
 
+fast: Any = None  # the compiled kernels while they are in use: see qbench.kernels.use
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What a compiled kernel must know of a quantizer to do what its `quantize` does, in values and gradients.
+
+    kind 'clip':    clip(x, 0, value), then on `steps` equal steps. Gradient 1 for 0 <= x < value (<= where `closed`);
+                    `trained` is the bound: 1 above
+    kind 'learned': value * round(clip(x / value, lo, hi)). Gradient 1 strictly inside; `trained` is the step, its
+                    gradient round(x / value) - x / value inside, lo or hi outside, multiplied by `slope`
+    kind 'sign':    +1 where x >= 0, else -1. Gradient 1 for |x| < 1 (<= where `closed`)
+    kind 'grid':    (clip(round(x / value) + zero, lo, hi) - zero) * value. Gradient 1 where nothing was clipped
+    """
+
+    kind: str
+    value: float = 1.0
+    trained: Tensor | None = None
+    steps: int = 1
+    lo: float = 0.0
+    hi: float = 0.0
+    zero: float = 0.0
+    closed: bool = False
+    slope: float = 1.0
+
+
 class Quantizer(nn.Module, ABC):
     """Maps a tensor onto a grid: `forward(x) -> x_hat`, same shape and dtype, computed in float32 under autocast too.
 
@@ -74,9 +100,23 @@ class Quantizer(nn.Module, ABC):
         """What happens while not `enabled`: the identity; ReLU where the quantizer stands in place of a ReLU."""
         return x
 
+    def kernel(self, shape: torch.Size) -> Kernel | None:
+        """What `quantize` does to a tensor of this shape, where a compiled kernel does the same; None: nothing does.
+
+        A subclass with a `quantize` of its own has none, unless it says so.
+        """
+        return None
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "quantize" in vars(cls) and "kernel" not in vars(cls):
+            cls.kernel = Quantizer.kernel  # type: ignore[method-assign]
+
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
             return self.bypass(x)
+        if fast is not None and fast.takes(x) and (kernel := self.kernel(x.shape)) is not None:
+            return fast.quantize(x, kernel)  # type: ignore[no-any-return]
         return self.quantize(x.float()).to(x.dtype)
 
     @torch.no_grad()
@@ -108,9 +148,28 @@ class Quantizer(nn.Module, ABC):
         """
         return weight.numel() * math.ceil(math.log2(self.levels)), 32.0 * sum(p.numel() for p in self.parameters())
 
+    def shared_bits(self) -> dict[Any, float]:
+        """{key: bits} of tables that all quantizers of an equal key share: a packed file holds them once."""
+        return {}
+
     def traces(self) -> dict[str, float]:
         """Named scalars worth plotting over training: learned scales by default (their mean when per channel)."""
         return {name: float(p.detach().float().mean()) for name, p in self.named_parameters(recurse=False)}
+
+    def gradient_share(self, x: Tensor) -> Tensor:
+        """How much of a gradient reaches each latent, as a share of the most that reaches one. Shape of x.
+
+        Measured: |d/dx sum_i r_i x_hat_i| with fixed random signs r. A quantizer whose latents reach several weights
+        (a mean that is subtracted, gates) may say it itself, lest their contributions mix.
+        """
+        with torch.enable_grad():
+            leaf = x.detach().float().requires_grad_()
+            hat = self(leaf)
+        if not hat.requires_grad:
+            return torch.zeros_like(leaf)
+        signs = torch.rand(hat.shape, generator=torch.Generator().manual_seed(0)).sub_(0.5).sign_().to(hat.device)
+        found = torch.autograd.grad(hat, leaf, signs, allow_unused=True, materialize_grads=True)[0].abs()
+        return found / found.max().clamp(min=torch.finfo(found.dtype).tiny)
 
     @classmethod
     def quantize_all(cls, weights: Sequence[Tensor], quantizers: Sequence["Quantizer"]) -> list[Tensor]:

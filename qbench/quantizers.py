@@ -1,6 +1,8 @@
 """Quantizers that two papers or more use."""
 
+import math
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from qbench import ops, ranges
 from qbench.errors import UserError
-from qbench.quantizer import Codes, Quantizer, check_bits, check_choice
+from qbench.quantizer import Codes, Kernel, Quantizer, check_bits, check_choice
 
 
 class _DoReFaWeight(torch.autograd.Function):
@@ -30,6 +32,41 @@ class _DoReFaWeight(torch.autograd.Function):
             top = t.abs() == m
             g = g - top * t.sign() * ((g * t).sum() / m / top.sum().clamp_min(1))
         return g * (1 - t * t), None, None, None
+
+
+class _DoReFaWeights(torch.autograd.Function):
+    """The same for all layers of a net at once: the scales, then the weights; `n` and `detach` of each layer."""
+
+    @staticmethod
+    def forward(ctx: Any, n: list[int], detach: list[bool], *tensors: Tensor) -> tuple[Tensor, ...]:
+        scales, ws = tensors[: len(n)], tensors[len(n) :]
+        ts = torch._foreach_tanh(ws)
+        ms = torch._foreach_clamp_min(torch._foreach_norm(ts, math.inf), 1e-8)
+        ctx.save_for_backward(*scales, *ms, *ts)
+        ctx.detach = detach
+        hats = torch._foreach_div(ts, torch._foreach_mul(ms, 2))
+        torch._foreach_add_(hats, 0.5)
+        torch._foreach_mul_(hats, n)
+        torch._foreach_round_(hats)
+        torch._foreach_mul_(hats, [2 * scale / k for scale, k in zip(scales, n, strict=True)])
+        torch._foreach_sub_(hats, scales)
+        return tuple(hats)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        count = len(grads)
+        scales, ms, ts = (ctx.saved_tensors[i * count : (i + 1) * count] for i in range(3))
+        gs = torch._foreach_mul(grads, torch._foreach_div(scales, ms))
+        for g, t, m, detach in zip(gs, ts, ms, ctx.detach, strict=True):
+            if not detach:
+                top = t.abs() == m
+                g.sub_(top * t.sign() * ((g * t).sum() / m / top.sum().clamp_min(1)))
+        slopes = torch._foreach_mul(ts, ts)
+        torch._foreach_neg_(slopes)
+        torch._foreach_add_(slopes, 1)
+        torch._foreach_mul_(gs, slopes)
+        return (None, None, *[None] * count, *gs)
 
 
 class DoReFaWeight(Quantizer):
@@ -79,6 +116,23 @@ class DoReFaWeight(Quantizer):
         if self.bits == 1:
             return ops.straight_through(x, ops.sign_value(x) * x.abs().mean())
         return _DoReFaWeight.apply(x, self.levels - 1, self.scale, self.detach)  # type: ignore[no-any-return]
+
+    @classmethod
+    def quantize_all(cls, weights: Sequence[Tensor], quantizers: Sequence[Quantizer]) -> list[Tensor]:
+        """All layers in one pass; those of one bit, and what is not float32, by themselves."""
+        hats = dict.fromkeys(range(len(weights)), torch.empty(0))
+        together = []
+        for i, (w, q) in enumerate(zip(weights, quantizers, strict=True)):
+            if type(q).quantize is DoReFaWeight.quantize and q.bits > 1 and w.dtype == torch.float32:
+                together.append((i, w, q))
+            else:
+                hats[i] = q(w)
+        if together:
+            index, ws, qs = zip(*together, strict=True)
+            options = [q.levels - 1 for q in qs], [q.detach for q in qs]
+            done = _DoReFaWeights.apply(*options, *[q.scale for q in qs], *ws)  # type: ignore[no-untyped-call]
+            hats.update(zip(index, done, strict=True))
+        return [hats[i] for i in range(len(weights))]
 
     def codes(self, x: Tensor) -> Codes:
         """Codes 0..n; values = (codes - n/2) * step."""
@@ -231,6 +285,12 @@ class Uniform(UniformGrid):
 
     def grid(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.step, self.zero
+
+    def kernel(self, shape: torch.Size) -> Kernel | None:
+        if self.per_channel:
+            return None
+        lo, hi = self.bounds
+        return Kernel("grid", self.step.item(), lo=lo, hi=hi, zero=self.zero.item())
 
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:

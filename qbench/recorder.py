@@ -55,6 +55,12 @@ class Recorder:
         record = self._append({"step": step, "epoch": epoch, "traces": values})
         self._mirror(((f"trace/{name}", value) for name, value in record["traces"].items()), step)
 
+    def telemetry(self, step: int, epoch: float, layers: Mapping[str, Mapping[str, float]]) -> None:
+        """Records {"step", "epoch", "telemetry": {layer: {measure: value}}}; in TensorBoard `measure/layer`."""
+        record = self._append({"step": step, "epoch": epoch, "telemetry": layers})
+        flat = ((f"{what}/{layer}", v) for layer, found in record["telemetry"].items() for what, v in found.items())
+        self._mirror(flat, step)
+
     def histograms(self, step: int, epoch: float, layers: Mapping[str, dict[str, Any]]) -> None:
         """Records {"step", "epoch", "histograms": {layer: what `layer_histogram` gave}}."""
         self._append({"step": step, "epoch": epoch, "histograms": layers})

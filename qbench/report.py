@@ -46,7 +46,7 @@ def tell(folder: Path, result: Mapping[str, Any], line: Callable[[str], None]) -
     )
     line(f"  bytes                 {result['bytes']:>7,}     (whole net, packed)")
     line(f"  seconds               {result['seconds']:>7.0f}")
-    pictures = [str(folder / n) for n in ("curves.png", "histograms.png") if (folder / n).is_file()]
+    pictures = [str(folder / n) for n in ("curves.png", "histograms.png", "telemetry.png") if (folder / n).is_file()]
     line(f"  pictures              {'  '.join(pictures) or '-'}")
     line(f"  everything            {folder}")
 

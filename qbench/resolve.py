@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from qbench import bits
 from qbench.errors import UserError, unknown
-from qbench.recipe import KEYS, PRECISIONS, Recipe, merge
+from qbench.recipe import KERNELS, KEYS, PRECISIONS, Recipe, merge
 
 PROTOCOLS = ("paper", "uniform")
 SITES = ("weight", "input", "output", "error", "replace")
@@ -85,6 +85,8 @@ def _check(config: Mapping[str, Any]) -> None:
             raise UserError(f"{name} must be a whole number of at least {lo}, got {config[name]!r}")
     if config["device"] not in ("auto", "cpu", "cuda"):
         raise unknown("device", str(config["device"]), ("auto", "cpu", "cuda"))
+    if config["kernels"] not in KERNELS:
+        raise unknown("kernels", str(config["kernels"]), KERNELS)
     for part in ("train", "parent"):
         strange = set(config[part]) - set(KEYS)
         if strange:
@@ -154,6 +156,7 @@ def identity(config: Mapping[str, Any], data: Mapping[str, Any], init: str) -> d
         "distill": config["distill"] if config["distill"]["weight"] else None,
         "workers": config["workers"] if config["workers"] > 1 else None,
         "compile": config["compile"] or None,
+        "kernels": config["kernels"] if config["kernels"] != "auto" else None,  # tiers differ by rounding
     }
     return _pruned(out)  # type: ignore[no-any-return]
 

@@ -15,7 +15,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from torch import nn
 
-from qbench import checkpoint, device, evaluation, files, surgery, trainer
+from qbench import checkpoint, device, evaluation, files, kernels, precision, surgery, trainer
 from qbench.data import DataSet, batches, load
 from qbench.errors import UserError
 from qbench.hooks import Distill
@@ -101,8 +101,10 @@ def _seed(seed: int, phase: str) -> int:
 
 
 def prepare(config: dict[str, Any], data: DataSet | None = None) -> Run:
-    """Load the data and name the run's folder."""
+    """Load the data, decide what was left to `auto`, and name the run's folder."""
     data = load(config["dataset"]) if data is None else data
+    shape, plain = (data.channels, data.size, data.classes), config
+    config = precision.decided(config, shape, lambda: make_model(plain, data))
     facts = {k: getattr(data, k) for k in ("name", "checksum", "augment", "mean", "std")}
     if data.classes != int(data.train.labels.max()) + 1:  # else the labels say it, and the checksum holds them
         facts["classes"] = data.classes
@@ -135,7 +137,10 @@ def execute(config: dict[str, Any], screen: Screen | None = None) -> dict[str, A
         from qbench.parallel import in_workers
 
         return in_workers(config, config["workers"])
-    return _execute(prepare(config), screen)
+    run = prepare(config)
+    for line in precision.told(run.config):
+        screen.line(line)
+    return _execute(run, screen)
 
 
 def _execute(run: Run, screen: Screen) -> dict[str, Any]:
@@ -230,6 +235,7 @@ def _train(run: Run, screen: Screen, opened: ExitStack) -> dict[str, Any]:
     config, data, started, code = run.config, run.data, time.monotonic(), code_hash(run.config)
     place = device.pick(config["device"])
     threads = device.set_threads(config["threads"])
+    tier = opened.enter_context(kernels.using(_tier(run, place)))
     method, recipe = make_method(config), Recipe(**config["train"])
     with clear_errors("distill"):
         hooks = [Distill(**config["distill"])] if config["distill"]["weight"] else []
@@ -275,10 +281,10 @@ def _train(run: Run, screen: Screen, opened: ExitStack) -> dict[str, Any]:
     before = _calibrated(run, loop, screen)
     outcome = loop.train() if loop.total else trainer.Outcome(before, before, 0.0)
     if not loop.total:
-        loop.record_histograms()
+        loop.take_stock()
     result = summary(run, model, outcome)
     result |= {"float_accuracy": accuracy_float, "accuracy_before_training": before, "threads": threads}
-    result |= {"code": code, "device": str(place), "seconds_total": round(time.monotonic() - started, 1)}
+    result |= {"code": code, "device": str(place), "kernels": tier, "seconds_total": round(time.monotonic() - started, 1)}
     if method.name == "float":
         result["float_accuracy"] = result["accuracy_last"]
     if writer and recorder is not None:
@@ -349,6 +355,16 @@ def _calibrated(run: Run, loop: trainer.Trainer, screen: Screen) -> float | None
         files.atomic_write(note, json.dumps({"accuracy_before_training": before}))
     checkpoint.seed_all(_seed(seed, f"training {evaluation.rank()}"))
     return before
+
+
+def _tier(run: Run, place: torch.device) -> str:
+    """The kernels to use: those the run began with, where it left them open; none where there are none."""
+    if run.config["compile"] or place.type != "cpu":
+        return "torch"
+    path = run.folder / "checkpoint.pt"
+    if run.config["kernels"] != "auto" or not path.is_file():
+        return str(run.config["kernels"])
+    return str(checkpoint.load(path).get("kernels", "auto"))
 
 
 def _resume_step(folder: Path) -> int | None:

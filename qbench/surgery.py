@@ -35,6 +35,19 @@ def pairs(model: nn.Module) -> dict[str, str]:
     return found
 
 
+def channels(model: nn.Module) -> dict[str, int]:
+    """{module: channels of its output}, from the traced graph: those of the last layer up to it that has any."""
+    found: dict[str, int] = {}
+    for node in _Tracer().trace(model).nodes:
+        if node.op == "call_module":
+            module = model.get_submodule(str(node.target))
+            own = [getattr(module, a) for a in ("out_channels", "out_features", "num_features") if hasattr(module, a)]
+            before = [found[str(n.target)] for n in node.all_input_nodes if str(n.target) in found]
+            if own or before:
+                found[str(node.target)] = (own or before)[0]
+    return found
+
+
 def matches(model: nn.Module, rules: Sequence[Rule]) -> dict[str, Rule]:
     """{module name: the first rule that matches it}; a rule that matches nothing at all is an error.
 
@@ -62,6 +75,7 @@ def quantize(model: nn.Module, rules: Sequence[Rule]) -> dict[str, str]:
     """Apply `rules` to `model` in place; return {module name: reason} for what a rule keeps."""
     chosen = matches(model, rules)
     consumers = pairs(model) if any(r.pair for r in rules) else {}
+    counts = channels(model) if any(r.channels for r in rules) else {}
     kept = {}
     for name, rule in chosen.items():
         if rule.keep is not None:
@@ -72,7 +86,7 @@ def quantize(model: nn.Module, rules: Sequence[Rule]) -> dict[str, str]:
             new = rule.replace(module, "replace", pair=model.get_submodule(consumers[name]))
             model.set_submodule(consumers[name], nn.Identity())
         elif rule.replace is not None:
-            new = rule.replace(module, "replace")
+            new = rule.replace(module, "replace", **({"channels": counts[name]} if rule.channels else {}))
         else:
             new = QuantLayer(module)  # type: ignore[arg-type]
         if isinstance(new, QuantLayer):
@@ -141,21 +155,30 @@ def manifest(model: nn.Module, kept: dict[str, str]) -> dict[str, Any]:
 
 
 def size(model: nn.Module) -> dict[str, float]:
-    """What a packed file needs: bits per quantized weight (scales and padding counted) and bytes of the whole net.
+    """What a packed file needs: bits per quantized weight and bytes of the whole net.
 
-    Whatever is not a quantized weight counts as 32-bit floats, batch-norm statistics included.
+    Counted with the weights: scales, padding, and tables that layers share, once.
+
+    Whatever is not a quantized weight counts as 32-bit floats, batch-norm statistics included; modules that say they
+    are `training_only` do not count.
     """
     bits = weights = 0.0
+    shared: dict[Any, float] = {}
     counted: set[int] = set()
     for _, layer in quant_layers(model):
         if layer.weight_quantizer is None:
             continue
         codes, scales = layer.weight_quantizer.stored_bits(layer.weight)
         bits += codes + scales
+        shared |= layer.weight_quantizer.shared_bits()
         weights += torch.Size(layer.weight_shape).numel()
         counted |= {
             id(t) for t in (layer.weight, *layer.weight_quantizer.parameters(), *layer.weight_quantizer.buffers())
         }
+    bits += sum(shared.values())
+    for module in model.modules():
+        if getattr(module, "training_only", False):
+            counted |= {id(t) for t in (*module.parameters(), *module.buffers())}
     rest: list[Tensor] = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in counted]
     floats = 32.0 * sum(t.numel() for t in rest if t.is_floating_point())
     return {"bits_per_weight": bits / weights if weights else 32.0, "bytes": round((bits + floats) / 8)}

@@ -13,16 +13,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from qbench import checkpoint
+from qbench import checkpoint, kernels
 from qbench.errors import UserError
 from qbench.evaluation import Batches, autocast, evaluate, rank, world
-from qbench.layers import quant_layers, quantized_weights
+from qbench.layers import quantized_weights
 from qbench.method import Hook, Method, State
 from qbench.optim import criterion, make_optimizer, parameter_groups
 from qbench.quantizer import Quantizer
 from qbench.recipe import Recipe
-from qbench.recorder import Recorder, layer_histogram
+from qbench.recorder import Recorder
 from qbench.screen import Screen
+from qbench.telemetry import Telemetry
 
 LOGS_PER_EPOCH = 10
 
@@ -74,7 +75,7 @@ class Trainer:
         self.train_batches, self.tests = train, tests
         self.folder, self.recorder, self.device, self.screen = folder, recorder, device, screen
         self.hooks = nn.ModuleList([*method.hooks, *hooks]).to(device)
-        self.net = torch.compile(model) if compile else model
+        self.net = torch.compile(model) if compile else kernels.fuse(model)
         self.compile, self.checkpoint_seconds, self.phase = compile, checkpoint_seconds, phase
         self.steps_per_epoch = len(train)
         self.total = recipe.total_steps(self.steps_per_epoch)
@@ -84,11 +85,13 @@ class Trainer:
             steps=self.total,
             steps_per_epoch=self.steps_per_epoch,
             teacher=teacher,
+            warmup=self._share(recipe.warmup),
+            lr_drops=tuple(map(self._share, recipe.milestones)) if recipe.schedule == "step" else (),
         )
         for module in (*model.modules(), *self.hooks.modules()):
             if isinstance(module, Quantizer):
                 module.generator = generator
-        self.outcome = Outcome()
+        self.outcome, self.telemetry = Outcome(), Telemetry()
         self.optimizer = make_optimizer(parameter_groups(model, self.own_hooks(), method, recipe), recipe)
         self.state.optimizer = self.optimizer
         self.losses: list[Tensor] = []
@@ -96,6 +99,10 @@ class Trainer:
         self.seen = 0
         self.started = self.saved = time.monotonic()
         self.last_saved_step: int | None = None
+
+    def _share(self, epochs: float) -> float:
+        """Epochs as a share of this phase, on a whole step."""
+        return round(epochs * self.steps_per_epoch) / max(1, self.total)
 
     def own_hooks(self) -> list[Hook]:
         return [h for h in self.hooks if isinstance(h, Hook)]
@@ -127,6 +134,8 @@ class Trainer:
                     "hooks": self.hooks.state_dict(),
                     "optimizer": self.optimizer.state_dict(),
                     "randoms": randoms,
+                    "kernels": kernels.tier(),
+                    "telemetry": self.telemetry.state_dict(),
                     "outcome": {**vars(self.outcome), "seconds": elapsed},
                     "running": [self.losses and torch.stack(self.losses).cpu(), self.correct.cpu(), self.seen],
                 },
@@ -148,6 +157,7 @@ class Trainer:
         checkpoint.set_random_state(mine["global"])
         self.state.generator.set_state(mine["own"])
         self.outcome = Outcome(**content["outcome"])
+        self.telemetry.load_state_dict(content.get("telemetry", {}))
         losses, correct, self.seen = content["running"]
         self.losses = list(losses.to(self.device).unbind()) if len(losses) else []
         self.correct = correct.to(self.device)
@@ -189,7 +199,7 @@ class Trainer:
     def _before_train(self) -> None:
         for hook in self.own_hooks():
             hook.before_train(self.state)
-        self.record_histograms()
+        self.take_stock()
 
     def _step(self, x: Tensor, y: Tensor) -> None:
         state, recipe = self.state, self.recipe
@@ -317,24 +327,13 @@ class Trainer:
             out.accuracy_best, out.epoch_best = test, state.epoch
         if "val" in scores and (out.val_best is None or scores["val"] > out.val_best):
             out.val_best, out.accuracy_at_best_val = scores["val"], test
-        self.record_histograms()
+        self.take_stock()
         view.report(state.step, f"epoch {state.epoch:.4g}  test accuracy {test:.2f} %")
 
-    def record_histograms(self) -> None:
-        """Latent weights, quantized weights and code use of every quantized layer."""
-        if self.recorder is None:
-            return
-        layers: dict[str, Any] = {}
-        with torch.no_grad():
-            for name, layer in quant_layers(self.model):
-                q = layer.weight_quantizer
-                if q is not None:
-                    source = layer.source().detach()
-                    codes = q.codes(source)
-                    use = codes.codes if codes.kind != "planes" else _plane_codes(codes.codes)
-                    layers[name] = layer_histogram(source, q(source), use, q.levels)
-        if layers:
-            self.recorder.histograms(self.state.step, self.state.epoch, layers)
+    def take_stock(self) -> None:
+        """Record histograms and telemetry of every quantized layer."""
+        if self.recorder is not None:
+            self.telemetry.record(self.model, self.recorder, self.state.step, self.state.epoch)
 
     @contextmanager
     def _interruptible(self) -> Iterator[None]:
@@ -370,9 +369,3 @@ class Trainer:
             f"stopped at step {self.state.step} of {self.total}; everything is saved in {self.folder}. "
             "The same command goes on from there."
         )
-
-
-def _plane_codes(planes: Tensor) -> Tensor:
-    """Bit planes [q, ...] of -1 / +1 as one integer code per weight."""
-    bits = (planes > 0).long()
-    return sum((bits[i] << i for i in range(len(bits))), torch.zeros_like(bits[0]))

@@ -35,6 +35,10 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("QBENCH_CACHE", str(folder))
     monkeypatch.setenv("QBENCH_DATA", str(folder / "data"))
+    # compiled once for all tests, and all workers of one pytest
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    monkeypatch.setenv("QBENCH_KERNELS", os.environ.get("QBENCH_KERNELS", str(shared / "kernels")))
     return folder
 
 

@@ -26,6 +26,7 @@ FILES = sorted(CONF.rglob("*.yaml"))
 METHODS = [n for n in catalog.names("method") if n not in catalog.aliases()]
 FACTS = {"name": "synthetic", "checksum": "0" * 64, "augment": "none", "mean": (0.5,), "std": (0.35,)}
 SMALL = {"vgg_small": 0.05, "mobilenet_v1": 0.1, "mobilenet_v2": 0.1, "lenet5": 0.1, "mlp": 0.02}
+SMALL |= {"vgg7": 0.05, "vgg10": 0.05, "mlp3x1024": 0.02, "mlp3x2048": 0.01, "mlp3x4096": 0.005}
 
 
 @cache

@@ -262,8 +262,12 @@ def test_codes_are_the_forward(case: Case) -> None:
         stored, scales = q.stored_bits(layer.weight)
         assert stored > 0
         assert scales >= 0
-    for q in surgery.activation_quantizers(case.model).values():
-        x = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    seen: dict[str, tuple[Quantizer, Tensor]] = {}  # a quantizer may have a value per channel: its own inputs
+    for name, q in surgery.activation_quantizers(case.model).items():
+        q.register_forward_pre_hook(lambda q, args, name=name: seen.update({name: (q, args[0].detach())}))  # type: ignore[misc]
+    eval_logits(case.model, case.x)
+    assert len(seen) == len(surgery.activation_quantizers(case.model))
+    for q, x in list(seen.values()):
         torch.testing.assert_close(q.codes(x).values(), q(x).detach(), rtol=1e-5, atol=1e-6)
 
 

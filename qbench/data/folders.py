@@ -75,7 +75,7 @@ def read_images(found: ImageFiles, size: int | None = None, channels: int | None
     if channels is None:
         channels = _channels_of(found)
     train, test = (
-        Split(torch.from_numpy(_decode_all(found.source, found.names[split], size, channels)), found.labels[split])
+        Split(torch.from_numpy(decode_all(found.source, found.names[split], size, channels)), found.labels[split])
         for split in ("train", "test")
     )
     if train.images.shape[1:] != test.images.shape[1:]:
@@ -86,7 +86,8 @@ def read_images(found: ImageFiles, size: int | None = None, channels: int | None
     return train, test
 
 
-def _decode_all(source: Path, names: list[str], size: int | None, channels: int) -> np.ndarray:
+def decode_all(source: Path, names: list[str], size: int | None, channels: int) -> np.ndarray:
+    """The images `names` as uint8 [N, C, H, W], decoded by one process per core where there are many."""
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if workers == 1 or len(names) < PARALLEL_FROM or multiprocessing.current_process().daemon:
         return decode(source, names, size, channels)

@@ -1,0 +1,113 @@
+"""How a compiled kernel is called: one block of 64-bit words, on the threads that torch itself uses."""
+
+import ctypes
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+POINTERS = (
+    *("x", "r", "gy", "gq", "y", "q", "dx", "dr", "sums", "coefficients"),
+    *("weight", "bias", "running_mean", "running_var", "dweight", "dbias", "dscalars"),
+)
+WORDS = ("thread", "threads", "bf16", "n", "channels", "inner", "chunks", "rounds", "kind", "unused", *POINTERS)
+DOUBLES = (
+    *("eps", "momentum", "lo", "hi", "from_", "below", "times", "step"),
+    *("qstep", "qlo", "qhi", "qzero", "qbelow"),
+)
+KINDS = {"none": 0, "learned": 1, "sign": 2, "grid": 3}
+ENTRIES = ("stats_part", "stats_end", "forward_part", "reduce_part", "reduce_end", "apply_part")
+ROWS = 7  # of the coefficients
+SMALL = 1 << 15  # values below which one thread is faster than two
+CHUNKS = 64  # at most; sums are taken per chunk, whatever the number of threads
+
+
+class Args(ctypes.Structure):
+    """The block; the order is that of `Args` in fused.cpp."""
+
+    _fields_ = [*((w, ctypes.c_int64) for w in WORDS), *((d, ctypes.c_double) for d in DOUBLES)]
+
+
+@cache
+def _openmp() -> ctypes.CDLL | None:
+    """The OpenMP library that torch has loaded (a second one would fight with it for the cores), where it is GNU's."""
+    try:
+        with open("/proc/self/maps") as maps:
+            paths = {line.split(maxsplit=5)[5].strip() for line in maps if "omp" in line and ".so" in line}
+    except OSError:
+        return None
+    for path in sorted(paths):
+        library = ctypes.CDLL(path)
+        if hasattr(library, "GOMP_parallel"):
+            return library
+    return None
+
+
+@ctypes.CFUNCTYPE(ctypes.c_int)
+def _zero() -> int:
+    return 0
+
+
+@ctypes.CFUNCTYPE(ctypes.c_int)
+def _one() -> int:
+    return 1
+
+
+def address(function: Any) -> int:
+    """Where a C function lies."""
+    return int(ctypes.cast(function, ctypes.c_void_p).value or 0)
+
+
+def openmp_threads() -> tuple[int, int]:
+    """Addresses of the C functions that tell a thread's number and how many there are."""
+    library = _openmp()
+    if library is None:
+        return address(_zero), address(_one)
+    return address(library.omp_get_thread_num), address(library.omp_get_num_threads)
+
+
+class Backend:
+    """Six compiled functions and the threads they run on.
+
+    Args:
+        name: cpp | numba
+        entries: {name: address}, all of ENTRIES
+        keep: what must live as long as the addresses are used
+    """
+
+    def __init__(self, name: str, entries: dict[str, int], keep: Any) -> None:
+        self.name, self.keep = name, keep
+        self.entries = {entry: ctypes.CFUNCTYPE(None, ctypes.c_void_p)(entries[entry]) for entry in ENTRIES}
+        self.thread, self.threads = openmp_threads()
+        library = _openmp()
+        self.parallel: Callable[..., Any] | None = None if library is None else library.GOMP_parallel
+        if self.parallel is not None:
+            self.parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]  # type: ignore[attr-defined]
+            self.parallel.restype = None  # type: ignore[attr-defined]
+
+    def args(self, x: Tensor, channels: int, inner: int) -> Args:
+        """A block for `x`, seen as rows of `channels` (inner = 1) or as planes of `inner` values."""
+        n = x.numel()
+        rows = n // (channels * inner)
+        chunks = max(1, min(CHUNKS, rows, n >> 13))
+        return Args(
+            thread=self.thread,
+            threads=self.threads,
+            bf16=x.dtype == torch.bfloat16,
+            n=n,
+            channels=channels,
+            inner=inner,
+            chunks=chunks,
+            x=x.data_ptr(),
+        )
+
+    def run(self, entry: str, args: Args) -> None:
+        """Call an entry: on all threads where its name ends in _part and there is enough to do."""
+        function = self.entries[entry]
+        if self.parallel is None or entry.endswith("_end"):
+            function(ctypes.byref(args))
+            return
+        count = torch.get_num_threads() if args.n > SMALL else 1
+        self.parallel(function, ctypes.byref(args), count, 0)
