@@ -47,10 +47,15 @@ def methods() -> list[dict[str, Any]]:
 
 def describe(group: str, name: str) -> str:
     """The one-line description in a YAML's first lines (`# description:` or `description:`)."""
+    return remark(group, name, "description")
+
+
+def remark(group: str, name: str, word: str) -> str:
+    """What a line `# word: ...` (or `word: ...`) of a YAML says; empty where there is none."""
     for line in (conf_folder() / group / f"{name}.yaml").read_text().splitlines():
         text = line.lstrip("# ")
-        if text.startswith("description:"):
-            return text.removeprefix("description:").strip()
+        if text.startswith(f"{word}:"):
+            return text.removeprefix(f"{word}:").strip()
     return ""
 
 

@@ -91,7 +91,7 @@ def test_every_method_fits_every_net(model: str) -> None:
         net = make_model(config, data)
         quantize(config, net, make_method(config))
         with torch.no_grad():
-            y = net.eval()(x)
+            y = net.train()(x)  # batch-norm as it trains: with weights of ±1 an untrained deep net overflows without
         assert y.shape == (2, 4), name
         assert y.isfinite().all(), name
 

@@ -110,7 +110,7 @@ def loops(thread: int, threads: int) -> Any:
         raise CannotBuild(f"numba cannot be imported ({error}); pip install numba") from error
     llvm.add_symbol("qbench_thread", thread)
     llvm.add_symbol("qbench_threads", threads)
-    numba.config.CACHE_DIR = str(folder() / "numba")
+    numba.config.CACHE_DIR = str(folder() / "numba")  # type: ignore[attr-defined]
     try:
         from qbench.kernels import loops as compiled
     except (numba.core.errors.NumbaError, OSError, RuntimeError) as error:

@@ -200,7 +200,7 @@ void finish_stats(const Args& o) {
     }
   }
   for (int64_t c = 0; c < channels; c++) {
-    double var = square[c] / count, inverse = 1 / std::sqrt(var + o.eps);
+    double var = std::max(square[c], 0.0) / count, inverse = 1 / std::sqrt(var + o.eps);
     float a = float(inverse * o.weight[c]);
     o.coefficients[A * channels + c] = a;
     o.coefficients[B * channels + c] = float(o.bias[c] - mean[c] * a);

@@ -415,6 +415,7 @@ def _stats_end(w, d):
             if rows > 0:
                 away = sums[k * 2 * channels + c] / rows - mean
                 square += sums[(k * 2 + 1) * channels + c] + rows * away * away
+        square = max(square, 0.0)
         inverse = 1 / np.sqrt(square / count + d[EPS])
         a = np.float32(inverse * weight[c])
         f[A * channels + c], f[B * channels + c] = a, np.float32(bias[c] - mean * np.float64(a))

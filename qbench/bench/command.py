@@ -1,0 +1,238 @@
+"""`qbench bench`: what is measured, what is asked for, and what becomes of it."""
+
+import json
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qbench import catalog, device
+from qbench.bench import page, peers, speed, whole
+from qbench.bench.setting import Setting, use_kernels
+from qbench.bench.timing import Entry
+from qbench.errors import UserError, nearest, unknown
+from qbench.files import atomic_write
+
+USAGE = """\
+qbench bench                          all of it, about eight minutes on two cores
+qbench bench check                    a short run against docs/benchmarks.json; fails when a ratio got worse
+qbench bench page                     docs/benchmarks.md from docs/benchmarks.json
+
+  only=step/pact,data/*   what to measure           model=resnet20,...      nets (default resnet20)
+  rounds=5  batch=128     repetitions, images       precision=fp32,bf16
+  threads=                CPU threads (all cores)   kernels=auto            cpp, numba, torch: or several
+  peers=true              Brevitas, torch.ao and torchao beside ours, where they are installed
+  quick=true              seconds, on a tiny net    out=DIR                 write DIR/bench.json (entries that it
+  against=FILE margin=0.25   of check                                       holds are kept unless measured now)
+"""
+SHORT = ("float/*", "step/pact", "step/lsq", "step/dorefa", "step/flexor", "data/augment", "start/help", "start/list")
+COMMITTED = "docs/benchmarks.json"
+OPTIONS = (
+    "only", "rounds", "model", "batch", "threads", "kernels", "precision", "peers", "quick", "out", "against", "margin",
+    "debug",
+)  # fmt: skip
+
+
+def main(args: Sequence[str]) -> int:
+    """`qbench bench ARGS`; returns the exit status."""
+    if args and args[0] in ("help", "-h", "--help"):
+        print(USAGE)
+        return 0
+    verb = args[0] if args and "=" not in args[0] else "run"
+    if verb not in ("run", "check", "page"):
+        raise unknown("bench command", verb, ("check", "page"))
+    words = _words(args[verb != "run" :])
+    if verb == "page":
+        source = Path(words.get("against", COMMITTED))
+        atomic_write(source.with_suffix(".md"), page.page(read(source)))
+        print(f"wrote {source.with_suffix('.md')}")
+        return 0
+    setting = _setting(words, SHORT if verb == "check" else ("*",))
+    if verb == "check":
+        return _check(setting, Path(words.get("against", COMMITTED)), _number("margin", words.get("margin", "0.25")))
+    measure(setting)
+    return 0
+
+
+def _words(args: Sequence[str]) -> dict[str, str]:
+    words = {}
+    for text in args:
+        name, equals, value = text.partition("=")
+        if name not in OPTIONS or not equals:
+            hint = nearest(name, OPTIONS)
+            raise UserError(
+                f"unknown bench option '{text}'." + (f" Did you mean '{hint}='?" if hint else f"\n\n{USAGE}")
+            )
+        words[name] = value
+    return words
+
+
+def _number(name: str, text: str, whole_from: int | None = None) -> Any:
+    try:
+        value = float(text) if whole_from is None else int(text)
+    except ValueError:
+        value = -1
+    if value < (whole_from or 0):
+        raise UserError(f"{name} must be a {'number' if whole_from is None else 'whole number above 0'}, got '{text}'")
+    return value
+
+
+def _truth(name: str, text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise UserError(f"{name} must be true or false, got '{text}'")
+    return text.lower() == "true"
+
+
+def _setting(words: dict[str, str], only: tuple[str, ...]) -> Setting:
+    quick = _truth("quick", words.get("quick", "false"))
+    setting = Setting(
+        only=tuple(words["only"].split(",")) if "only" in words else only,
+        models=tuple(words.get("model", "tiny" if quick else "resnet20").split(",")),
+        batch=_number("batch", words.get("batch", "16" if quick else "128"), 1),
+        rounds=_number("rounds", words.get("rounds", "2" if quick else "5"), 1),
+        threads=_number("threads", words["threads"], 1) if "threads" in words else None,
+        kernels=tuple(words.get("kernels", "auto").split(",")),
+        precisions=tuple(words.get("precision", "fp32,bf16").split(",")),
+        peers=_truth("peers", words.get("peers", "false")),
+        quick=quick,
+        out=Path(words["out"]) if "out" in words else None,
+    )
+    for name, values, allowed in (
+        ("model", setting.models, catalog.names("model")),
+        ("kernels", setting.kernels, ("auto", "cpp", "numba", "torch")),
+        ("precision", setting.precisions, ("fp32", "bf16")),
+    ):
+        for value in values:
+            if value not in allowed:
+                raise unknown(name, value, allowed)
+    return setting
+
+
+def jobs(s: Setting) -> dict[str, Callable[[], Iterator[Entry]]]:
+    """{name: what measures it} of all that can be measured with this setting, in the order of the page."""
+    found: dict[str, Callable[[], Iterator[Entry]]] = {
+        "float/train": partial(speed.float_train, s),
+        "float/eval": partial(speed.float_eval, s),
+    }
+    found |= {f"step/{m}": partial(speed.steps, s, m) for m in speed.methods(s)}
+    if s.peers:
+        found |= {f"peer/{p}": partial(speed.peer_steps, s, p) for p in peers.PEERS}
+    found["data/augment"] = partial(whole.augment, s)
+    if not s.quick:
+        found |= {"data/decode": partial(whole.decoding, s), "data/stream": partial(whole.streaming, s)}
+    found |= {"cost/*": partial(whole.records, s), "start/*": partial(whole.start, s)}
+    if not s.quick:
+        found |= {"sweep/12": partial(whole.sweep, s), "accuracy/digits": partial(whole.bf16, s)}
+    return found
+
+
+def measure(s: Setting) -> list[dict[str, Any]]:
+    """Measure what is asked for, print it as it comes, and write it where `out` says.
+
+    Errors: UserError when no name matches.
+    """
+    device.keep_freed_memory()
+    threads = device.set_threads(s.threads)
+    facts = {**machine(), "threads": threads}
+    chosen = {n: job for n, job in jobs(s).items() if s.wants(n) or (n.endswith("*") and _inside(n, s.only))}
+    if not chosen:
+        raise UserError(f"nothing is called {', '.join(s.only)}; there is: {', '.join(jobs(s))}")
+    use_kernels("torch")  # a method's own measurement switches them on
+    s.say(f"{facts['cpu']}, {facts['cores']} cores, {threads} threads, torch {facts['torch']}\n")
+    s.say(f"{'':<27}{'mode':<22}{'ratio':>7}{'ms':>10}{'images/s':>10}   relative to")
+    began, entries = time.monotonic(), []
+    for job in chosen.values():
+        for entry in job():
+            if s.wants(entry.name):
+                entries.append({**entry.plain(), "machine": facts})
+                s.say(line(entry))
+                write(s.out, entries)
+    s.say(f"\n{len(entries)} entries in {time.monotonic() - began:.0f} s")
+    return entries
+
+
+def _inside(group: str, only: Sequence[str]) -> bool:
+    return any(pattern.startswith(group[:-1]) for pattern in only)
+
+
+def line(entry: Entry) -> str:
+    """One entry on the screen."""
+    speed = f"{entry.images_per_s:>10,.0f}" if entry.images_per_s else " " * 10
+    name = entry.name if entry.model in (None, "resnet20") else f"{entry.name} {entry.model}"
+    return f"{name:<27}{entry.mode:<22}{entry.ratio:>7.3f}{entry.seconds * 1e3:>10.2f}{speed}   {entry.of}"
+
+
+def machine() -> dict[str, Any]:
+    """What a ratio may depend on: processor, cores, versions; never whose machine it is."""
+    facts = {"cpu": device.cpu(), "cores": device.cores(), "torch": torch.__version__}
+    facts["python"] = platform.python_version()
+    return facts | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
+
+
+def key(entry: dict[str, Any]) -> tuple[Any, ...]:
+    """What two measurements of the same thing have in common."""
+    return tuple(entry.get(k) for k in ("name", "mode", "model", "batch"))
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The entries of a bench.json.
+
+    Errors: UserError when it is missing or no list of entries.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"no {path}; qbench bench out=DIR writes DIR/bench.json") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, list) or not all(isinstance(e, dict) and "ratio" in e for e in content):
+        raise UserError(f"{path} is not a list of benchmark entries")
+    return content
+
+
+def write(out: Path | None, entries: list[dict[str, Any]]) -> None:
+    """Put `entries` into out/bench.json, one a line, in place of earlier ones of the same things."""
+    if out is None:
+        return
+    path = out / "bench.json"
+    new = {key(e) for e in entries}
+    kept = [e for e in read(path) if key(e) not in new] if path.is_file() else []
+    lines = sorted(json.dumps(e) for e in [*kept, *entries])
+    out.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, "[\n" + ",\n".join(lines) + "\n]\n")
+
+
+def worse(new: list[dict[str, Any]], old: list[dict[str, Any]], margin: float) -> list[str]:
+    """The things whose ratio grew by more than `margin` (0.25: a quarter), with both ratios.
+
+    Errors: UserError when the two have nothing in common.
+    """
+    before = {key(e): e for e in old}
+    common = [(e, before[key(e)]) for e in new if key(e) in before]
+    if not common:
+        raise UserError("nothing that was measured now stands in the committed file")
+    return [
+        f"{e['name']} {e['mode']}: {b['ratio']} -> {e['ratio']}"
+        for e, b in common
+        if e["ratio"] > b["ratio"] * (1 + margin)
+    ]
+
+
+def _check(s: Setting, path: Path, margin: float) -> int:
+    old = read(path)
+    s.rounds = min(s.rounds, 3)
+    found = worse(measure(s), old, margin)
+    if found:  # a neighbour on the machine can do that: only what is slow twice is slower
+        s.only = tuple({f.split()[0] for f in found})
+        s.say("\nonce more, what seems slower:")
+        found = worse(measure(s), old, margin)
+    then = ", ".join(sorted({e["machine"]["cpu"] for e in old}))
+    if found:
+        print(f"\nslower than in {path} ({then}) by more than {margin:.0%}:", *found, sep="\n  ")
+        return 1
+    print(f"\nno ratio is worse than in {path} ({then}) by more than {margin:.0%}")
+    return 0

@@ -1,0 +1,163 @@
+"""The speed of training and evaluation: float by precision and memory format, every method, the peers."""
+
+import multiprocessing
+import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from statistics import median
+from typing import Any
+
+from qbench import catalog, device
+from qbench.bench import peers
+from qbench.bench.setting import (
+    Setting,
+    evaluation_pass,
+    forget,
+    method_step,
+    stock_step,
+    trains,
+    use_kernels,
+)
+from qbench.bench.timing import Act, Entry, alternate, ratio
+from qbench.errors import UserError
+from qbench.resolve import NotApplicable
+
+FORMATS = {"nchw": False, "channels_last": True}
+QUICK = ("float", "pact", "lsq", "dorefa")
+
+
+def float_train(s: Setting) -> Iterator[Entry]:
+    """Images/s of float training; 'stock' is plain PyTorch with the C library's allocator as it comes."""
+    for model in s.models:
+        config, place = s.config("float", model), s.place()
+        with Elsewhere(config, s.threads) as stock:
+            acts: dict[str, Act] = {"fp32/stock": stock.step}
+            acts |= {
+                f"{p}/{name}": stock_step(config, place, p, cl) for p in s.precisions for name, cl in FORMATS.items()
+            }
+            yield from _entries(s, "float/train", model, acts, "stock eager fp32 NCHW step")
+
+
+def float_eval(s: Setting) -> Iterator[Entry]:
+    """Images/s of evaluating the float net."""
+    for model in s.models:
+        config, place = s.config("float", model), s.place()
+        acts: dict[str, Act] = {
+            f"{p}/{name}": evaluation_pass(config, place, p, cl) for p in s.precisions for name, cl in FORMATS.items()
+        }
+        yield from _entries(s, "float/eval", model, acts, "fp32 NCHW evaluation")
+
+
+def _entries(s: Setting, name: str, model: str, acts: dict[str, Act], of: str) -> Iterator[Entry]:
+    times = alternate(acts, s.rounds)
+    base = times[next(iter(acts))]
+    for mode, seconds in times.items():
+        took = median(seconds)
+        yield Entry(
+            name, mode, ratio(seconds, base), of, took, median(base), s.batch / took, model, s.batch, len(seconds)
+        )
+    forget()
+
+
+def methods(s: Setting) -> list[str]:
+    """The methods that train, in the order of `qbench list`; float itself: what the kernels make of it."""
+    names = [m["name"] for m in catalog.methods()]
+    return [n for n in names if not s.quick or n in QUICK]
+
+
+def steps(s: Setting, method: str) -> Iterator[Entry]:
+    """The step of one method relative to the stock float step of the same net, precision and memory format."""
+    for model in s.models:
+        try:
+            config = s.config(method, model)
+            if trains(config):
+                for precision in s.precisions:
+                    for mode in s.kernels:
+                        yield _step(s, method, model, config, precision, mode)
+        except (NotApplicable, UserError) as error:
+            s.say(f"  step/{method} on {model}: left out ({error})")
+
+
+def _step(s: Setting, method: str, model: str, config: dict[str, Any], precision: str, kernels: str) -> Entry:
+    place = s.place()
+    base = stock_step(s.config("float", model), place, precision)
+    tier = use_kernels(kernels)
+    try:
+        times = alternate({"base": base, "own": method_step(config, place, precision)}, s.rounds)
+    finally:
+        use_kernels("torch")
+        forget()
+    took = median(times["own"])
+    return Entry(
+        name=f"step/{method}",
+        mode=f"{precision}/{tier}",
+        ratio=ratio(times["own"], times["base"]),
+        of=f"stock float step, {precision} channels_last",
+        seconds=took,
+        base_seconds=median(times["base"]),
+        images_per_s=s.batch / took,
+        model=model,
+        batch=s.batch,
+        rounds=s.rounds,
+        values={"w_bits": config["w_bits"], "a_bits": config["a_bits"]},
+    )
+
+
+def peer_steps(s: Setting, name: str) -> Iterator[Entry]:
+    """The step of another library's 4-bit (where it can) training of the same net, in fp32, channels_last."""
+    for model in s.models:
+        config, place = s.config("float", model), s.place()
+        try:
+            step, bits, version = peers.PEERS[name](config, place)
+        except ImportError as error:
+            s.say(f"  peer/{name}: not installed ({error})")
+            return
+        times = alternate({"base": stock_step(config, place, "fp32"), "peer": step}, s.rounds, warm=peers.WARM[name])
+        took = median(times["peer"])
+        yield Entry(
+            name=f"peer/{name}",
+            mode="fp32/torch",
+            ratio=ratio(times["peer"], times["base"]),
+            of="stock float step, fp32 channels_last",
+            seconds=took,
+            base_seconds=median(times["base"]),
+            images_per_s=s.batch / took,
+            model=model,
+            batch=s.batch,
+            rounds=s.rounds,
+            values={"w_bits": bits, "a_bits": bits, "version": version},
+        )
+        forget()
+
+
+class Elsewhere:
+    """A process of its own that takes stock float steps when asked: its allocator is as PyTorch's users have it."""
+
+    def __init__(self, config: dict[str, Any], threads: int | None) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_elsewhere, args=(theirs, config, threads), daemon=True)
+
+    def __enter__(self) -> "Elsewhere":
+        self.process.start()
+        self.pipe.recv()
+        return self
+
+    def step(self) -> float:
+        """One step there; its seconds."""
+        self.pipe.send(True)
+        return float(self.pipe.recv())
+
+    def __exit__(self, *error: object) -> None:
+        self.pipe.send(False)
+        self.process.join()
+
+
+def _elsewhere(pipe: Connection, config: dict[str, Any], threads: int | None) -> None:
+    device.set_threads(threads)
+    step = stock_step(config, device.pick("auto"), "fp32", channels_last=False)
+    pipe.send(0.0)
+    while pipe.recv():
+        start = time.perf_counter()
+        step()
+        pipe.send(time.perf_counter() - start)

@@ -1,0 +1,267 @@
+"""`qbench paper`: run the rows of a card, keep what they came to, and draw it beside the published numbers.
+
+Finished runs are kept as small JSON (results.json of the card), so that they count where `outputs/` is gone. A run is
+known by its key, which names everything that decides its numbers; the same run may be a row of several cards.
+"""
+
+import json
+import re
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from qbench import cards, catalog, study_pages
+from qbench.cards import Card, Row
+from qbench.errors import UserError, unknown
+from qbench.files import atomic_write
+from qbench.study_results import RESULTS, entry, finished, key_of, read
+
+Compose = Callable[[Sequence[str]], dict[str, Any]]
+PLACES = ("device", "threads", "dataset.root", "tensorboard", "checkpoint_seconds", "debug")
+OPTIONS = ("budget", "seeds", "only", "out", "results", "plan", "draw", *PLACES)
+# How a net is made small for budget=smoke.
+NARROW = {
+    "resnet18": ("model.width=0.1",),
+    "resnet": ("model.depth=8", "model.width=0.25"),
+    "vgg": ("model.width=0.05",),
+    "alexnet": ("model.width=0.05",),
+    "lenet": ("model.width=0.1",),
+    "mlp": ("model.width=0.02",),
+}
+
+
+def default_results() -> Path:
+    """docs/results of a checkout, else ./results."""
+    home = catalog.conf_folder().parent
+    return home / "docs" / "results" if (home / "pyproject.toml").is_file() else Path("results")
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What the command line asked for."""
+
+    budget: str = "short"
+    seeds: tuple[int, ...] = (0,)
+    only: str = "*"
+    out: str = "outputs"
+    results: Path = field(default_factory=default_results)
+    plan: bool = False
+    draw: bool = False
+    places: tuple[str, ...] = ()
+
+    @property
+    def trial(self) -> bool:
+        """budget=smoke tries the machinery: narrow nets, generated data, numbers that mean nothing."""
+        return self.budget == "smoke"
+
+
+def command(words: Sequence[str], compose: Compose) -> int:
+    """`qbench paper list | CARD ... | all  [option=value ...]`; returns the exit status.
+
+    compose: from overrides to the resolved configuration of a run.
+    """
+    named = [w for w in words if "=" not in w]
+    if not named or named == ["list"]:
+        print(study_pages.listing())
+        return 0
+    ask = _ask([w for w in words if "=" in w])
+    chosen = cards.names() if named == ["all"] else named
+    loaded = [cards.load(name) for name in chosen]
+    status = 0
+    for card in loaded:
+        rows = [r for r in card.runs if fnmatchcase(r.id, ask.only)]
+        if not rows and len(loaded) == 1:
+            raise UserError(f"only={ask.only} fits no row of {card.name}: {', '.join(r.id for r in card.runs)}")
+        if rows:
+            status = max(status, Study(card, ask, compose).do(rows))
+        if status == 130:
+            break
+    if not ask.plan:
+        study_pages.write_index(ask.results)
+    return status
+
+
+def _ask(words: Sequence[str]) -> Ask:
+    given = dict(w.split("=", 1) for w in words)
+    for key in given:
+        if key not in OPTIONS:
+            raise unknown("option of qbench paper", key, OPTIONS)
+    budget = given.get("budget", "short")
+    if budget not in catalog.names("budget"):
+        raise unknown("budget", budget, catalog.names("budget"))
+    out = given.get("out", "outputs")
+    # numbers that mean nothing stay away from those that do
+    results = Path(out, "papers") if budget == "smoke" else default_results()
+    return Ask(
+        budget=budget,
+        seeds=_seeds(given.get("seeds", "1")),
+        only=given.get("only", "*"),
+        out=out,
+        results=Path(given["results"]) if "results" in given else results,
+        places=tuple(f"{k}={v}" for k, v in given.items() if k in PLACES),
+        **{k: _flag(k, given[k]) for k in ("plan", "draw") if k in given},
+    )
+
+
+def _flag(name: str, text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise UserError(f"{name} must be true or false, got '{text}'")
+    return text.lower() == "true"
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    """'3' is the seeds 0, 1, 2; '0,4' these two."""
+    parts = text.split(",")
+    if not all(p.isdigit() for p in parts) or text == "0":
+        raise UserError(f"seeds must be how many (seeds=3: 0, 1, 2) or which (seeds=0,4), got '{text}'")
+    return tuple(range(int(text))) if len(parts) == 1 else tuple(map(int, parts))
+
+
+def words_of(row: Row, budget: str) -> list[str]:
+    """The overrides of a row in a budget; with budget=paper its `paper` words win."""
+    assert row.words is not None
+    words = {w.partition("=")[0]: w for w in (*row.words, *(row.paper if budget == "paper" else ()))}
+    return [*words.values(), f"budget={budget}"]
+
+
+def trial_words(row: Row) -> list[str]:
+    """The overrides of a row on a narrow net and generated data."""
+    kept = [w for w in words_of(row, "smoke") if not w.startswith(("dataset", "model.width=", "model.depth="))]
+    model = next((w.removeprefix("model=") for w in kept if w.startswith("model=")), "resnet20")
+    narrow = next((v for k, v in NARROW.items() if model.startswith(k)), ())
+    return [*kept, *narrow, "dataset=synthetic"]
+
+
+class Study:
+    """One card on the way: its results.json, the runs that lie in `out`, and what is still to do."""
+
+    def __init__(self, card: Card, ask: Ask, compose: Compose) -> None:
+        self.card, self.ask, self.compose = card, ask, compose
+        self.folder = ask.results / card.name
+        self.kept = read(self.folder)
+        # what is committed counts beside what was run here
+        self.runs = {r["key"]: r for r in finished({Path(ask.out), default_results()}) if "key" in r}
+
+    def do(self, rows: Sequence[Row]) -> int:
+        """Collect, run what is missing (not with draw or plan), draw; returns the exit status."""
+        if self.ask.trial:
+            for row in self.card.runs:
+                self.config(row, "paper")  # every row must compose
+            rows = _two(rows) if self.ask.only == "*" else rows
+        self.collect(rows)
+        if self.ask.plan:
+            return self.plan(rows)
+        status = 0 if self.ask.draw else self.run(rows)
+        print(f"\n{self.card.title}\n{study_pages.screen(self.card, self.kept, self.ask.budget)}\n")
+        if self.kept.entries or self.kept.failed:
+            self.save()
+            print(study_pages.write(self.card, self.folder))
+        return status
+
+    def config(self, row: Row, budget: str, seed: int = 0) -> dict[str, Any]:
+        """The resolved configuration of a row."""
+        words = trial_words(row) if budget == "smoke" else words_of(row, budget)
+        try:
+            return self.compose([*words, f"seed={seed}", f"out={self.ask.out}", *self.ask.places])
+        except UserError as error:
+            raise UserError(f"{self.card.name}, row '{row.id}': {error}") from error
+
+    def collect(self, rows: Sequence[Row]) -> None:
+        """Take over what lies finished in `out`, for all seeds and budgets found there; mark what no longer fits."""
+        budgets = {self.ask.budget} | {r["budget"] for r in self.runs.values() if r["budget"] != "smoke"}
+        for row in rows:
+            for budget in sorted(budgets if not self.ask.trial else {"smoke"}):
+                base = self.config(row, budget)
+                for e in self.kept.entries:
+                    if (e["row"], e["budget"]) == (row.id, budget):
+                        e["earlier"] = e["key"] != key_of({**base, "seed": e["seed"]}, e["data"], e["split"])
+                for seed in {r["seed"] for r in self.runs.values()}:
+                    found = self.find({**base, "seed": seed})
+                    if found is not None:
+                        self.add(row, budget, found)
+
+    def find(self, config: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The finished run of `config` among those in `out`."""
+        facts = {json.dumps([r["identity"]["data"], r["split"]]): r for r in self.runs.values()}
+        keys = (key_of(config, r["identity"]["data"], r["split"]) for r in facts.values())
+        return next((self.runs[k] for k in keys if k in self.runs), None)
+
+    def done(self, row: Row, seed: int) -> bool:
+        """Whether the run is in results.json, made with the configuration of today."""
+        return any(
+            (e["row"], e["seed"], e["budget"]) == (row.id, seed, self.ask.budget) and not e["earlier"]
+            for e in self.kept.entries
+        )
+
+    def add(self, row: Row, budget: str, result: Mapping[str, Any]) -> None:
+        """Keep a result; one of the same row, seed, budget and key is replaced, none is ever dropped."""
+        self.kept.add(entry(self.card, row, budget, result))
+
+    def run(self, rows: Sequence[Row]) -> int:
+        """Run what is missing, seed by seed; what fails is noted and stops nothing else."""
+        todo = [(row, seed) for seed in self.ask.seeds for row in rows]
+        failed = 0
+        for i, (row, seed) in enumerate(todo, 1):
+            title = f"[{i}/{len(todo)}] {self.card.name} {row.id} seed {seed}"
+            if self.done(row, seed):
+                print(f"{title}: done before", flush=True)
+                continue
+            print(f"\n{title}: {' '.join(row.words or ())}", flush=True)
+            try:
+                error = self.one(row, seed)
+            except KeyboardInterrupt:
+                self.save()
+                print(f"qbench: stopped; what is done is kept, see {self.folder}", file=sys.stderr)
+                return 130
+            failed += error is not None
+            self.kept.note(row.id, seed, self.ask.budget, error)
+            self.save()
+        return 1 if failed else 0
+
+    def one(self, row: Row, seed: int) -> str | None:
+        """Execute one run, or resume it; returns the error, if any, without folders."""
+        from qbench.run import execute
+        from qbench.trainer import Interrupted
+
+        try:
+            self.add(row, self.ask.budget, execute(self.config(row, self.ask.budget, seed)))
+        except Interrupted as error:
+            raise KeyboardInterrupt from error
+        except Exception as error:
+            if "debug=true" in self.ask.places:
+                traceback.print_exc()
+            text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            print(f"  failed: {text}", flush=True)
+            return re.sub(r"(?:[\w.~-]*/)+(?=[\w.-])", "", text.splitlines()[0] if text else type(error).__name__)
+        return None
+
+    def plan(self, rows: Sequence[Row]) -> int:
+        """Say what would be done."""
+        print(f"{self.card.name}: {self.card.title}, budget={self.ask.budget}")
+        for row in rows:
+            for seed in self.ask.seeds:
+                state = "done" if self.done(row, seed) else "to do"
+                command = " ".join(trial_words(row) if self.ask.trial else words_of(row, self.ask.budget))
+                print(f"  {state:<6} {row.id:<24} qbench {command} seed={seed}")
+        print(f"  two cores: {self.card.cost['cpu']}\n  GPU: {self.card.cost['gpu']}")
+        return 0
+
+    def save(self) -> None:
+        """Write results.json; what another study wrote there meanwhile stays."""
+        self.kept.merge(read(self.folder))
+        atomic_write(self.folder / RESULTS, self.kept.text())
+
+
+def _two(rows: Sequence[Row]) -> list[Row]:
+    """Two rows of different methods where there are any, the float net last."""
+
+    def method(row: Row) -> str:
+        return next((w for w in row.words or () if w.startswith("method=")), "")
+
+    order = sorted(rows, key=lambda r: method(r) == "method=float")
+    other = next((r for r in order[1:] if method(r) != method(order[0])), None)
+    return [*order[:1], *([other] if other else order[1:2])]

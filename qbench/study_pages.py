@@ -1,0 +1,287 @@
+"""What a card and its results.json come to: statuses, claims, table.md, table.csv and the index. No torch here.
+
+The pages are made from the card, results.json and, where there is one, notes.md (written by hand); nothing else.
+"""
+
+import csv
+import io
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from qbench import cards
+from qbench.cards import Card, Claim, Row
+from qbench.files import atomic_write
+from qbench.study_results import RESULTS, Kept, read
+
+# The status of a cell, and what it means.
+STATUSES = {
+    "match": "the paper's protocol, within the card's tolerance of the published number",
+    "gap": "the paper's protocol, further away than that",
+    "protocol differs": "trained shorter or otherwise than in the paper: compare what is lost against float",
+    "unconfirmed": "the published number could not be checked against its source; it is no target",
+    "no number": "the paper prints no number here; the claims below are what is compared",
+    "comparison": "a published number of a method or net that is not run here",
+    "failed": "the last attempt failed; the error stands below the table",
+    "not run": "not run yet",
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row in one budget: ours beside the published number. Accuracies in percent, gaps and drops in points.
+
+    ours: what the paper reports (last or best epoch), mean over the seeds. gap: ours minus published, positive where
+    ours is better. drop: what was lost against the float net of the same table; own: against our own float net.
+    """
+
+    row: Row
+    entries: list[dict[str, Any]]
+    ours: float | None = None
+    last: float | None = None
+    best: float | None = None
+    spread: float | None = None
+    gap: float | None = None
+    drop: float | None = None
+    own: float | None = None
+    bits: float | None = None
+    status: str = "not run"
+
+
+def reported(card: Card, entry: Mapping[str, Any]) -> float | None:
+    """The accuracy of a run at the epoch that the paper reports; the last where that one is not known."""
+    name = {"best": "accuracy_best", "val": "accuracy_at_best_val"}.get(card.report, "accuracy_last")
+    found: float | None = entry.get(name)
+    return entry.get("accuracy_last") if found is None else found
+
+
+def _average(values: Iterable[float | None]) -> float | None:
+    numbers = [v for v in values if v is not None]
+    return mean(numbers) if numbers else None
+
+
+def _mean(entries: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    return _average(e.get(name) for e in entries)
+
+
+def cells(card: Card, kept: Kept, budget: str) -> list[Cell]:
+    """Every row of the card in a budget."""
+    return [_cell(card, kept, row, budget) for row in card.rows]
+
+
+def _cell(card: Card, kept: Kept, row: Row, budget: str) -> Cell:
+    entries, base = kept.of(row, budget), card.row(row.baseline) if row.baseline else None
+    values = [v for e in entries if (v := reported(card, e)) is not None]
+    ours = _average(values)
+    published = accuracy(card, row.published)
+    # where net or data are others than the paper's, only what is lost is comparable
+    gap = None if None in (ours, published) or card.figure.kind == "drops" else ours - published  # type: ignore[operator]
+    floats = _mean(entries, "float_accuracy") if base else None  # of its own parent, else of the float net of the card
+    if floats is None and base:
+        floats = _average(reported(card, e) for e in kept.of(base, budget))
+    above = accuracy(card, base.published) if base else None
+    return Cell(
+        row,
+        entries,
+        ours=ours,
+        last=_mean(entries, "accuracy_last"),
+        best=_mean(entries, "accuracy_best"),
+        spread=stdev(values) if len(values) > 1 else None,
+        gap=gap,
+        drop=None if above is None or published is None else above - published,
+        own=None if floats is None or ours is None else floats - ours,
+        bits=_mean(entries, "bits_per_weight"),
+        status=_status(card, kept, row, budget, gap),
+    )
+
+
+def accuracy(card: Card, value: float | None) -> float | None:
+    """A published number as an accuracy in percent."""
+    return 100 - value if value is not None and card.metric == "error" else value
+
+
+def _status(card: Card, kept: Kept, row: Row, budget: str, gap: float | None) -> str:
+    if row.words is None:
+        return "comparison"
+    if not kept.of(row, budget):
+        failed = any(name.startswith(f"{row.id}, ") and name.endswith(f" {budget}") for name in kept.failed)
+        return "failed" if failed else "not run"
+    if row.published is None:
+        return "no number"
+    if row.level == "memory":
+        return "unconfirmed"
+    if budget != "paper" or row.differs:
+        return "protocol differs"
+    return "match" if gap is not None and abs(gap) <= card.tolerance + 1e-9 else "gap"
+
+
+def verdict(card: Card, claim: Claim, found: Sequence[Cell]) -> str:
+    """Whether the rows come out in the order claimed: holds | not run yet | undecided | does not hold, and where."""
+    by_id = {c.row.id: c.ours for c in found}
+    ours = [(name, value) for name in claim.order if (value := by_id[name]) is not None]
+    if len(ours) < len(claim.order):
+        return "not run yet"
+    steps = [(a, b, x - y) for (a, x), (b, y) in itertools.pairwise(ours)]
+    wrong = [f"{b} is {-d:.2f} points above {a}" for a, b, d in steps if d < -card.noise]
+    close = [f"{a} and {b} are {abs(d):.2f} points apart" for a, b, d in steps if abs(d) <= card.noise]
+    if wrong:
+        return "does not hold: " + "; ".join(wrong)
+    return f"undecided (noise is taken as {card.noise:g} points): " + "; ".join(close) if close else "holds"
+
+
+def _number(card: Card, value: float | None, spread: float | None = None) -> str:
+    """An accuracy in the metric of the card."""
+    if value is None:
+        return ""
+    return f"{100 - value if card.metric == 'error' else value:.2f}" + (f" ± {spread:.2f}" if spread else "")
+
+
+def _points(value: float | None) -> str:
+    return "" if value is None else f"{value:+.2f}"
+
+
+def grid(card: Card, found: Sequence[Cell]) -> list[list[str]]:
+    """The table as text, heading first."""
+    unit = "error %" if card.metric == "error" else "%"
+    what = {"best": "best test epoch", "val": "best validation epoch"}.get(card.report, "last epoch")
+    others = {"last epoch": "last", "best test epoch": "best"}
+    others.pop(what, None)
+    head = ["", f"published ({unit})", f"ours, {what} ({unit})", *others, "gap", "published - float", "ours - float"]
+    lines = [[*head, "bits/weight", "status"]]
+    for c in found:
+        mark = {"memory": " (unconfirmed)", "secondary": " (quoted)"}.get(c.row.level, "")
+        published = "" if c.row.published is None else f"{c.row.published:.2f}{mark}"
+        seeds = f" ({len(c.entries)} seeds)" if len(c.entries) > 1 else ""
+        earlier = " †" if any(e["earlier"] for e in c.entries) else ""
+        ours = "" if c.ours is None else _number(card, c.ours, c.spread) + seeds + earlier
+        shown = [c.row.label, published, ours, *(_number(card, getattr(c, o)) for o in others.values()), _points(c.gap)]
+        shown += [_points(None if c.drop is None else -c.drop), _points(None if c.own is None else -c.own)]
+        lines.append([*shown, "" if c.bits is None else f"{c.bits:.2f}", c.status])
+    return lines
+
+
+def screen(card: Card, kept: Kept, budget: str) -> str:
+    """The table and the claims of one budget for the terminal."""
+    found = cells(card, kept, budget)
+    lines = grid(card, found)
+    used = [i for i in range(len(lines[0])) if i == 0 or any(line[i] for line in lines[1:])]
+    widths = {i: max(len(line[i]) for line in lines) for i in used}
+    text = ["  ".join(line[i].ljust(widths[i]) for i in used).rstrip() for line in lines]
+    text += [f"{verdict(card, c, found)}: {c.text}" for c in card.claims]
+    return "\n".join([*text, *(f"failed: {k}: {v}" for k, v in sorted(kept.failed.items()))])
+
+
+def write(card: Card, folder: Path) -> Path:
+    """Write table.md, table.csv and the figure; returns the page."""
+    kept = read(folder)
+    atomic_write(folder / "table.csv", table(card, kept))
+    if drawable(card, kept):
+        from qbench import study_plots
+
+        study_plots.draw(card, {b: cells(card, kept, b) for b in kept.budgets() or ["paper"]}, folder)
+    notes = folder / "notes.md"
+    return atomic_write(folder / "table.md", page(card, kept, notes.read_text() if notes.is_file() else ""))
+
+
+def drawable(card: Card, kept: Kept) -> bool:
+    """Whether the figure would show anything."""
+    return bool(kept.entries) or (card.figure.kind != "curves" and any(r.published is not None for r in card.rows))
+
+
+def table(card: Card, kept: Kept) -> str:
+    """Every row in every budget as CSV; numbers are accuracies in percent, gaps and drops points."""
+    out = io.StringIO()
+    lines = csv.writer(out, lineterminator="\n")
+    names = ("ours", "spread", "last", "best", "gap", "drop", "own", "bits")
+    lines.writerow(["card", "budget", "row", "published", "level", "source", "seeds", *names, "status"])
+    for budget in kept.budgets() or ["paper"]:
+        for c in cells(card, kept, budget):
+            numbers = [getattr(c, n) for n in names]
+            known = ["" if v is None else f"{v:.4f}" for v in (accuracy(card, c.row.published), *numbers)]
+            facts = [c.row.level, c.row.source] if c.row.published is not None else ["", ""]
+            lines.writerow([card.name, budget, c.row.id, known[0], *facts, len(c.entries), *known[1:], c.status])
+    return out.getvalue()
+
+
+def page(card: Card, kept: Kept, notes: str = "") -> str:
+    """table.md."""
+    where = f"arXiv [{card.arxiv}](https://arxiv.org/abs/{card.arxiv})" if card.arxiv[:1].isdigit() else card.arxiv
+    lines = [f"# {card.title}", "", "<!-- generated by `qbench paper`; write notes.md instead -->", ""]
+    lines += [
+        f"{card.paper}, {where}, {card.where}. `qbench paper {card.name} budget=short` runs it, `budget=paper` as"
+    ]
+    lines += ["the paper says.", "", *([notes.strip(), ""] if notes.strip() else [])]
+    if drawable(card, kept):
+        lines += [f"![{card.title}](figure.png)", ""]
+    for budget in kept.budgets() or ["paper"]:
+        lines += [*_section(card, kept, budget), ""]
+    lines += ["## Protocol", "", f"- The paper reports {_reported(card)}.", *(f"- {p}" for p in card.protocol)]
+    lines += [f"- {r.label}: {text}." for r in card.rows for text in (r.differs, r.note) if text]
+    lines += [f"- Tolerance of a match: {card.tolerance:g} points.", "", "## Cost", ""]
+    lines += [f"- two cores: {card.cost['cpu']}", f"- GPU: {card.cost['gpu']}", "", "## Sources", ""]
+    cited = {r.source: r.level for r in card.rows if r.published is not None}
+    lines += [f"- {source} ({level})" for source, level in cited.items()] or ["- no number was published"]
+    return "\n".join(lines) + "\n"
+
+
+def _reported(card: Card) -> str:
+    said = {"last": "the last epoch", "best": "the best test epoch", "val": "the best epoch on a validation split"}
+    return said.get(card.report, "an epoch that it does not name; ours is the last")
+
+
+def _section(card: Card, kept: Kept, budget: str) -> list[str]:
+    found = cells(card, kept, budget)
+    head, *body = grid(card, found)
+    lines = [
+        f"## budget={budget}",
+        "",
+        "| " + " | ".join(head) + " |",
+        "| --- " + "| ---: " * (len(head) - 2) + "| --- |",
+    ]
+    lines += ["| " + " | ".join(line) + " |" for line in body]
+    shown = [s for s in STATUSES if s in {c.status for c in found}]
+    lines += ["", "; ".join(f"*{s}*: {STATUSES[s]}" for s in shown) + ". Differences are points of accuracy."]
+    if any(e["earlier"] for c in found for e in c.entries):
+        lines += ["", "† made with an earlier configuration of this row."]
+    failed = {k: v for k, v in sorted(kept.failed.items()) if k.endswith(f" {budget}")}
+    lines += ["", *(f"- failed: {k}: {v}" for k, v in failed.items())] if failed else []
+    claims = [f"- {c.text}: **{verdict(card, c, found)}**" for c in card.claims]
+    return [*lines, "", *claims] if claims else lines
+
+
+def write_index(results: Path) -> Path:
+    """Write README.md of the results folder."""
+    return atomic_write(results / "README.md", index(results))
+
+
+def index(results: Path) -> str:
+    """README.md: every card and how far it is, from the results.json in `results` alone."""
+    lines = ["# Papers redrawn", "", "<!-- generated by `qbench paper` from the results.json of each card -->", ""]
+    lines += ["| card | what | budget | done | match | gap | protocol differs | claims that hold |"]
+    lines += ["| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |"]
+    for card in map(cards.load, cards.names()):
+        kept = read(results / card.name)
+        name = f"[{card.name}]({card.name}/table.md)" if (results / card.name / RESULTS).is_file() else card.name
+        for budget in kept.budgets() or ["-"]:
+            found = cells(card, kept, budget)
+            states = [c.status for c in found]
+            done = f"{sum(bool(c.entries) for c in found)} of {len(card.runs)}"
+            held = sum(verdict(card, c, found) == "holds" for c in card.claims)
+            counts = [str(states.count(s)) for s in ("match", "gap", "protocol differs")]
+            claims = f"{held} of {len(card.claims)}" if card.claims else ""
+            lines.append(f"| {' | '.join([name, card.title, budget, done, *counts, claims])} |")
+    lines += ["", *(f"- *{name}*: {text}" for name, text in STATUSES.items())]
+    return "\n".join(lines) + "\n"
+
+
+def listing() -> str:
+    """What `qbench paper list` prints."""
+    lines = ["CARDS (qbench paper NAME budget=short|paper seeds=N only=ROWS out=DIR results=DIR plan=true draw=true)"]
+    for card in map(cards.load, cards.names()):
+        lines.append(f"  {card.name:<24} {card.title}  [{len(card.runs)} runs]")
+        lines.append(f"  {'':<24} two cores: {card.cost['cpu']}")
+        lines.append(f"  {'':<24} GPU: {card.cost['gpu']}")
+    return "\n".join(lines)

@@ -1,0 +1,164 @@
+"""results.json of a card: what its runs came to, small enough to be committed. No torch here.
+
+A run is known by its key, which names everything that decides its numbers; the same run may be a row of several cards.
+"""
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qbench.cards import Card, Row
+from qbench.errors import UserError
+
+RESULTS = "results.json"
+BUDGETS = ("paper", "short", "demo", "smoke")
+# What of a run's result.json is kept: no folder, no host.
+KEPT = (
+    "accuracy_last",
+    "accuracy_best",
+    "accuracy_at_best_val",
+    "epoch_best",
+    "accuracy_before_training",
+    "float_accuracy",
+    "w_bits",
+    "a_bits",
+    "bits_per_weight",
+    "bytes",
+    "epochs",
+    "precision",
+    "seconds",
+    "threads",
+    "device",
+    "code",
+    "version",
+    "torch",
+    "weights_sha256",
+)
+
+
+@dataclass
+class Kept:
+    """What a results.json holds: entries, one per run, and the errors of runs that failed, by row, seed and budget."""
+
+    entries: list[dict[str, Any]] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def add(self, entry: dict[str, Any]) -> None:
+        """Append an entry; it takes the place of one of the same row, seed, budget and key."""
+        same = ("row", "seed", "budget", "key")
+        self.entries = [e for e in self.entries if any(e[k] != entry[k] for k in same)] + [entry]
+
+    def merge(self, other: "Kept") -> None:
+        """Take over the entries of `other` that are not here: another study may have written since."""
+        same = ("row", "seed", "budget", "key")
+        here = {tuple(e[k] for k in same) for e in self.entries}
+        self.entries = [e for e in other.entries if tuple(e[k] for k in same) not in here] + self.entries
+
+    def note(self, row: str, seed: int, budget: str, error: str | None) -> None:
+        """Note how the last attempt of a run ended."""
+        name = f"{row}, seed {seed}, budget {budget}"
+        self.failed.pop(name, None)
+        if error is not None:
+            self.failed[name] = error
+
+    def text(self) -> str:
+        """The JSON, one line per run, in an order that does not depend on the order of the runs."""
+        order = sorted(self.entries, key=lambda e: (e["budget"], e["row"], e["seed"], not e["earlier"]))
+        lines = ",\n".join("  " + json.dumps(e, sort_keys=True) for e in order)
+        failed = json.dumps(self.failed, sort_keys=True, indent=1)
+        return f'{{"runs": [\n{lines}\n],\n"failed": {failed}}}\n'
+
+    def of(self, row: Row, budget: str) -> list[dict[str, Any]]:
+        """The newest entry of each seed, by seed; one that fits today's configuration before one that does not."""
+        newest: dict[int, dict[str, Any]] = {}
+        for e in sorted(self.entries, key=lambda e: not e["earlier"]):
+            if (e["row"], e["budget"]) == (row.id, budget):
+                newest[e["seed"]] = e
+        return [newest[s] for s in sorted(newest)]
+
+    def budgets(self) -> list[str]:
+        """The budgets in which anything was tried, the paper's first."""
+        tried = {e["budget"] for e in self.entries} | {name.rpartition(" ")[2] for name in self.failed}
+        return [b for b in BUDGETS if b in tried]
+
+
+def read(folder: Path) -> Kept:
+    """The results.json in `folder`, or nothing."""
+    path = folder / RESULTS
+    if not path.is_file():
+        return Kept()
+    try:
+        content = json.loads(path.read_text())
+        return Kept(list(content["runs"]), dict(content["failed"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is corrupt ({error}); restore it or move it away") from error
+
+
+def pictured(card: Card, run: Path) -> dict[str, Any]:
+    """What of a run's metrics.jsonl the card's figure needs: the accuracy by epoch, the last histogram of its layer."""
+    path, found = run / "metrics.jsonl", {}
+    if not path.is_file() or not (card.figure.kind == "curves" or card.figure.histogram):
+        return {}
+    records = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    if card.figure.kind == "curves":
+        tests = [r for r in records if r.get("phase") == "test" and r.get("accuracy") is not None]
+        found["curve"] = [[r["epoch"], round(r["accuracy"], 2)] for r in tests]
+    layers = [r["histograms"] for r in records if card.figure.histogram in r.get("histograms", {})]
+    if layers:
+        found["histogram"] = layers[-1][card.figure.histogram]["latent"]
+    return found
+
+
+def split_of(dataset: Mapping[str, Any]) -> dict[str, Any]:
+    """Which part of a data set is used, where not the whole of it."""
+    return {k: dataset[k] for k in ("val", "train_examples", "test_examples") if dataset.get(k)}
+
+
+def key_of(config: Mapping[str, Any], data: Mapping[str, Any], split: Mapping[str, Any]) -> str | None:
+    """The key that the run of `config` has on `data`, as the result.json of another run describes them.
+
+    None where the data are not those of `config`: name, augmentation or `split` differ, the images' checksum is all
+    that has to be taken from there. It saves loading the data; see `qbench.run.prepare`, which does.
+    """
+    from qbench.resolve import digest, identity, parent_of
+
+    dataset = config["dataset"]
+    if (data["name"], data["augment"], split) != (dataset["name"], dataset["augment"], split_of(dataset)):
+        return None
+    if config["init"] not in ("float", "scratch"):
+        return None  # a checkpoint is known by its bytes, not by its name
+    parent = digest(identity(parent_of(config), data, "scratch"))
+    whole = identity(config, data, f"float {parent}" if config["init"] == "float" else "scratch")
+    if config["distill"]["weight"] and config["init"] == "scratch":
+        whole["teacher"] = parent
+    return digest(whole)
+
+
+def entry(card: Card, row: Row, budget: str, result: Mapping[str, Any]) -> dict[str, Any]:
+    """What is kept of a finished run: no folder, no host."""
+    found = {"row": row.id, "seed": result["seed"], "budget": budget, "key": result["key"], "earlier": False}
+    found |= {k: result[k] for k in KEPT if k in result}
+    found |= {"data": result["identity"]["data"], "split": split_in(Path(result["folder"]))}
+    return found | pictured(card, Path(result["folder"]))
+
+
+def split_in(folder: Path) -> dict[str, Any]:
+    """`split_of` the data set of the run in `folder`."""
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    return split_of(yaml.load((folder / "config.yaml").read_text(), loader)["dataset"])
+
+
+def finished(folders: Iterable[Path]) -> Iterator[dict[str, Any]]:
+    """Every result.json below the folders, with its folder; one that is corrupt is left out, as its run will say so."""
+    for folder in folders:
+        for path in sorted(folder.glob("**/result.json")):
+            try:
+                found = {**json.loads(path.read_text()), "folder": str(path.parent)}
+                yield {**found, "split": split_in(path.parent)}
+            except (ValueError, OSError, yaml.YAMLError) as error:
+                print(f"{path} is left out: {error}", file=sys.stderr)
