@@ -68,8 +68,8 @@ def listing() -> str:
             family = method["family"]
             lines.append(f"  {family}")
         paper = f"  [arXiv {method['arxiv']}]" if method.get("arxiv") else ""
-        lines.append(f"    {method['name']:<12} {method.get('summary', '')}{paper}")
-        lines.append(f"    {'':<12} {method['title']}")
+        lines.append(f"    {method['name']:<13} {method.get('summary', '')}{paper}")
+        lines.append(f"    {'':<13} {method['title']}")
     lines.append("  aliases: " + ", ".join(f"{a} = {m}" for a, m in aliases().items()))
     for group, title in (("model", "MODELS"), ("dataset", "DATA SETS"), ("budget", "BUDGETS")):
         lines += ["", f"{title} ({group}=)"]

@@ -128,6 +128,7 @@ def parent_of(config: Mapping[str, Any]) -> dict[str, Any]:
         "a_bits": bits.FLOAT,
         "init": "scratch",
         "protocol": "paper",
+        "kernels": "auto",  # one parent for all tiers
         "train": config["parent"],
         "distill": {"weight": 0.0, "temperature": 1.0},
     }

@@ -284,7 +284,8 @@ def _train(run: Run, screen: Screen, opened: ExitStack) -> dict[str, Any]:
         loop.take_stock()
     result = summary(run, model, outcome)
     result |= {"float_accuracy": accuracy_float, "accuracy_before_training": before, "threads": threads}
-    result |= {"code": code, "device": str(place), "kernels": tier, "seconds_total": round(time.monotonic() - started, 1)}
+    result |= {"code": code, "device": str(place), "kernels": tier}
+    result["seconds_total"] = round(time.monotonic() - started, 1)
     if method.name == "float":
         result["float_accuracy"] = result["accuracy_last"]
     if writer and recorder is not None:

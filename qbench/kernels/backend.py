@@ -45,14 +45,8 @@ def _openmp() -> ctypes.CDLL | None:
     return None
 
 
-@ctypes.CFUNCTYPE(ctypes.c_int)
-def _zero() -> int:
-    return 0
-
-
-@ctypes.CFUNCTYPE(ctypes.c_int)
-def _one() -> int:
-    return 1
+_INT = ctypes.CFUNCTYPE(ctypes.c_int)
+_zero, _one = _INT(lambda: 0), _INT(lambda: 1)  # one thread, where there is no OpenMP
 
 
 def address(function: Any) -> int:

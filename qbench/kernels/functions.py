@@ -135,19 +135,20 @@ class _Fused(torch.autograd.Function):
         _statistics(call, args, coefficients, sums)
         call.backend.run("forward_part", args)
         ctx.call = call
-        ctx.save_for_backward(x, r, coefficients, sums)
+        ctx.save_for_backward(x, r, coefficients)
         ctx.set_materialize_grads(False)
         return y, q
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
-        x, r, coefficients, sums = ctx.saved_tensors
+        x, r, coefficients = ctx.saved_tensors
         call, none = ctx.call, (None,) * 7
         gy, gq = (_like(g, x) for g in grads)
         if gy is None and gq is None:
             return none
         args = _args(call, x)
+        sums = torch.empty(args.chunks * 2 * (args.channels + 1), dtype=torch.float64)
         dx = torch.empty_like(x)
         dr = dx if call.norm is None else torch.empty_like(x) if r is not None else None
         dscalars = torch.empty(2)

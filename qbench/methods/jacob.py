@@ -167,8 +167,8 @@ class FoldedLayer(QuantLayer):
         """The folded weight of inference on its grid."""
         return self._quantize(self.folded()[0])
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.input_quantizer is not None:
+    def forward(self, x: Tensor, quantized: bool = False) -> Tensor:
+        if self.input_quantizer is not None and not quantized:
             x = self.input_quantizer(x)
         if self.training and not self.frozen:
             y = self._train(x)

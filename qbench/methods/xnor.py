@@ -45,9 +45,10 @@ class XnorLayer(QuantLayer):
             k = F.conv2d(a, box, None, self.stride, self.padding, self.dilation, self.groups)  # type: ignore[arg-type]
             return k if self.groups == 1 else k.repeat_interleave(self.weight_shape[0] // self.groups, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, quantized: bool = False) -> Tensor:
         if not self.k or self.input_quantizer is None or not self.input_quantizer.enabled:
-            return super().forward(x)
+            return super().forward(x, quantized)
+        assert not quantized  # K is of the inputs before their sign
         y = self.apply_op(self.input_quantizer(x), self.quantized_weight(), None)
         y = y * self.input_scale(x).to(y.dtype)
         if self.bias is not None:
