@@ -24,6 +24,7 @@ FILES = {
     "model.pt",
     "curves.png",
     "histograms.png",
+    "telemetry.png",
     ".lock",
 }
 Cli = Callable[..., Any]

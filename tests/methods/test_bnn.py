@@ -84,7 +84,7 @@ def test_the_order_of_the_papers_net() -> None:
     net.eval()(torch.randn(2, 3, 8, 8))
     assert len(seen) == 9
     assert len(seen.pop("conv1").unique()) > 2
-    assert all(set(x.unique().tolist()) == {-1, 1} for x in seen.values())
+    assert all(set(x.unique().tolist()) <= {-1, 1} for x in seen.values())
     assert all(isinstance(layer.weight_quantizer, BinaryConnect) for _, layer in layers.quant_layers(net))
 
 
