@@ -33,7 +33,7 @@ $(STAMP): pyproject.toml constraints.txt scripts/install.sh
 	PYTHON='$(PYTHON)' TORCH_INDEX='$(TORCH_INDEX)' VENV='$(VENV)' scripts/install.sh
 	@touch $@
 
-demo: $(STAMP)  ## the first experiment: 4-bit PACT on the digits that come with scikit-learn, about two minutes
+demo: $(STAMP)  ## the first experiment: 4-bit PACT on the digits that come with scikit-learn, half a minute
 	$(BIN)/qbench method=pact bits=4
 
 test: $(STAMP)  ## run the tests, but for those marked slow or gpu

@@ -9,13 +9,14 @@ import yaml
 from torch import nn
 
 from qbench import checkpoint, device, evaluation, surgery
+from qbench.build import make_method, make_model, place_net, quantize
 from qbench.data import load
 from qbench.errors import UserError
 from qbench.layers import quantized_weights
 from qbench.optim import criterion
 from qbench.recipe import Recipe
 from qbench.resolve import parent_of
-from qbench.run import COMMITTED, Run, make_batches, make_method, make_model, place_net, prepare, quantize
+from qbench.run import COMMITTED, Run, make_batches, prepare
 
 
 def rebuild(folder: Path, dataset: Mapping[str, Any] | None = None) -> tuple[Run, nn.Module]:

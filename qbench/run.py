@@ -1,8 +1,8 @@
-"""config -> objects -> trainer -> result.json; the only caller of Hydra's instantiate."""
+"""config -> objects -> trainer -> result.json"""
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,15 +11,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from torch import nn
 
-from qbench import checkpoint, device, evaluation, files, kernels, precision, surgery, trainer
+from qbench import checkpoint, device, evaluation, files, kernels, precision, trainer
+from qbench.build import clear_errors, make_method, make_model, place_net, quantize, seed_of
 from qbench.data import DataSet, batches, load
 from qbench.errors import UserError
 from qbench.hooks import Distill
-from qbench.method import Method
 from qbench.outcome import code_hash, summary, write
 from qbench.recipe import Recipe
 from qbench.recorder import Recorder
@@ -55,49 +53,6 @@ class Run:
         except ValueError as error:
             raise UserError(f"{path} is corrupt ({error}); move the folder away to run again") from error
         return dict(found)
-
-
-@contextmanager
-def clear_errors(what: str) -> Iterator[None]:
-    """A constructor's ValueError or TypeError, also through Hydra's wrapping, becomes a UserError."""
-    try:
-        yield
-    except InstantiationException as error:
-        cause = error.__cause__
-        if isinstance(cause, (ValueError, TypeError, UserError)):
-            raise UserError(f"{what}: {cause}") from error
-        raise
-    except ValueError as error:
-        raise UserError(f"{what}: {error}") from error
-
-
-def make_model(config: Mapping[str, Any], data: DataSet) -> nn.Module:
-    """The float net for this data set, initialised from the run's seed."""
-    options = {k: v for k, v in config["model"].items() if k != "name"}
-    checkpoint.seed_all(_seed(config["seed"], "init"))
-    with clear_errors(f"model={config['model']['name']}"):
-        model = instantiate(options, channels=data.channels, classes=data.classes, size=data.size, _convert_="all")
-    return model  # type: ignore[no-any-return]
-
-
-def make_method(config: Mapping[str, Any]) -> Method:
-    """The Method that the configuration declares."""
-    node = {k: v for k, v in config["method"].items() if v is not None}
-    with clear_errors(f"method={node['name']}"):
-        if "_target_" not in node:
-            return Method(**{"title": "", "family": "float", **node})
-        return instantiate(node, _convert_="all")  # type: ignore[no-any-return]
-
-
-def quantize(config: Mapping[str, Any], model: nn.Module, method: Method) -> dict[str, str]:
-    """Surgery with the method's rules; returns what was kept, and why."""
-    checkpoint.seed_all(_seed(config["seed"], "surgery"))
-    with clear_errors(f"method={method.name} on model={config['model']['name']}"):
-        return surgery.quantize(model, method.rules)
-
-
-def _seed(seed: int, phase: str) -> int:
-    return int(digest([seed, phase]), 16) % 2**31
 
 
 def prepare(config: dict[str, Any], data: DataSet | None = None) -> Run:
@@ -259,7 +214,7 @@ def _train(run: Run, screen: Screen, opened: ExitStack) -> dict[str, Any]:
         recorder = opened.enter_context(
             closing(Recorder(run.folder, resume_step=resumed, tensorboard=config["tensorboard"]))
         )
-    generator = torch.Generator(place).manual_seed(_seed(config["seed"], f"train {evaluation.rank()}"))
+    generator = torch.Generator(place).manual_seed(seed_of(config["seed"], f"train {evaluation.rank()}"))
     with clear_errors(f"method={method.name}"):
         loop = trainer.Trainer(
             model,
@@ -296,15 +251,6 @@ def _train(run: Run, screen: Screen, opened: ExitStack) -> dict[str, Any]:
     return {**result, "folder": str(run.folder)}
 
 
-def place_net(model: nn.Module, place: torch.device, channels_last: bool) -> nn.Module:
-    """`model` on its device; with `channels_last` its four-dimensional parameters in that order (others have none)."""
-    model.to(place)
-    for p in model.parameters() if channels_last else ():
-        if p.dim() == 4:
-            p.data = p.data.contiguous(memory_format=torch.channels_last)
-    return model
-
-
 def make_batches(run: Run, split: Any, place: torch.device, train: bool, shared: bool = False) -> Any:
     """Batches of a split; `shared`: every worker sees all of them (calibration)."""
     data, config = run.data, run.config
@@ -317,7 +263,7 @@ def make_batches(run: Run, split: Any, place: torch.device, train: bool, shared:
         augment=data.augment if train else "none",
         shuffle=train,
         drop_last=train,
-        seed=_seed(config["seed"], "order"),
+        seed=seed_of(config["seed"], "order"),
         device=place,
         channels_last=config["channels_last"],
         rank=0 if shared else evaluation.rank(),
@@ -342,9 +288,9 @@ def _calibrated(run: Run, loop: trainer.Trainer, screen: Screen) -> float | None
         screen.line(f"resumed at step {loop.state.step} of {loop.total}")
         return json.loads(note.read_text())["accuracy_before_training"]  # type: ignore[no-any-return]
     data, recipe, seed = run.data, loop.recipe, run.config["seed"]
-    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(_seed(seed, "calibration")))
+    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed_of(seed, "calibration")))
     images = make_batches(run, data.train.take(order[: recipe.calibration]), loop.device, False, shared=True)
-    checkpoint.seed_all(_seed(seed, "calibrate"))
+    checkpoint.seed_all(seed_of(seed, "calibrate"))
     evaluation.calibrate(loop.model, images.epoch(0), loop.device, recipe.precision, scratch)
     for hook in loop.own_hooks():
         hook.after_calibrate(loop.state)
@@ -354,7 +300,7 @@ def _calibrated(run: Run, loop: trainer.Trainer, screen: Screen) -> float | None
         screen.line(f"calibrated only: {before:.2f} %")
     if evaluation.rank() == 0:
         files.atomic_write(note, json.dumps({"accuracy_before_training": before}))
-    checkpoint.seed_all(_seed(seed, f"training {evaluation.rank()}"))
+    checkpoint.seed_all(seed_of(seed, f"training {evaluation.rank()}"))
     return before
 
 

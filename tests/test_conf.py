@@ -14,12 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qbench import catalog
-from qbench.cli import _compose
+from qbench.build import make_method, make_model, quantize
 from qbench.data import DataSet, Split
 from qbench.errors import UserError
+from qbench.overrides import compose
 from qbench.recipe import KEYS, Recipe, merge
 from qbench.resolve import DEFAULTS, digest, folder_name, identity, parent_of, resolve
-from qbench.run import make_method, make_model, quantize
 
 CONF = catalog.conf_folder()
 FILES = sorted(CONF.rglob("*.yaml"))
@@ -31,7 +31,7 @@ SMALL |= {"vgg7": 0.05, "vgg10": 0.05, "mlp3x1024": 0.02, "mlp3x2048": 0.01, "ml
 
 @cache
 def _resolved(*words: str) -> dict[str, Any]:
-    return resolve(_compose([*words]))
+    return resolve(compose([*words]))
 
 
 def resolved(*words: str) -> dict[str, Any]:

@@ -15,14 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from qbench import bits, catalog, checkpoint, evaluation, optim, surgery, trainer
-from qbench.cli import _compose
+from qbench.build import make_method, make_model, quantize
 from qbench.data import load
 from qbench.layers import QuantLayer, quant_layers, quantized_weights
 from qbench.method import Method
+from qbench.overrides import compose
 from qbench.quantizer import Quantizer
 from qbench.recipe import Recipe
 from qbench.resolve import parent_of, resolve
-from qbench.run import Run, make_batches, make_method, make_model, quantize
+from qbench.run import Run, make_batches
 from qbench.screen import Screen
 
 FILES = sorted((catalog.conf_folder() / "method").glob("*.yaml"))
@@ -34,7 +35,7 @@ WITH = {("flexor", 0.05): ("options.n_tap=1",)}
 @cache
 def _config_of(name: str, *words: str) -> dict[str, Any]:
     data = ("model=tiny", "dataset=synthetic", "dataset.train_size=64", "dataset.test_size=32", "dataset.size=8")
-    return resolve(_compose([f"method={name}", *data, "budget=smoke", "device=cpu", "threads=1", *words]))
+    return resolve(compose([f"method={name}", *data, "budget=smoke", "device=cpu", "threads=1", *words]))
 
 
 def config_of(name: str, *words: str) -> dict[str, Any]:

@@ -14,8 +14,8 @@ import yaml
 
 from qbench import cards, study, study_pages
 from qbench.cards import Card, Claim, Row
-from qbench.cli import resolve_row
 from qbench.errors import UserError
+from qbench.overrides import resolve_row
 from qbench.study_results import RESULTS, Kept, key_of, read, split_of
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qbench import device, evaluation
-from qbench.cli import resolve_row
+from qbench.build import make_method, make_model, place_net, quantize
 from qbench.data import DataSet, load
+from qbench.overrides import resolve_row
 from qbench.recipe import Recipe
-from qbench.run import Run, make_batches, make_method, make_model, place_net, quantize
+from qbench.run import Run, make_batches
 from qbench.screen import Screen
 from qbench.trainer import Trainer
 

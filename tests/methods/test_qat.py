@@ -9,7 +9,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
-from qbench import evaluation, resolve, run, surgery
+from qbench import build, evaluation, resolve, surgery
 from qbench.errors import UserError
 from qbench.hooks import EnableAfter
 from qbench.layers import quantized_weights
@@ -34,7 +34,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 def method(*words: str) -> Method:
     with initialize_config_dir(CONF, version_base=None):
         config = compose("config", overrides=["method=qat", *words])
-    return run.make_method(resolve.resolve(config))
+    return build.make_method(resolve.resolve(config))
 
 
 def net(*words: str, model: nn.Module | None = None) -> nn.Module:
