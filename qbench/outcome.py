@@ -33,7 +33,19 @@ def weights_sha256(model: nn.Module) -> str:
 
 def code_hash(config: Mapping[str, Any]) -> str:
     """Ten hex digits over the source of the core and of the modules that this run's configuration names."""
-    core = ("ops", "quantizer", "quantizers", "layers", "surgery", "hooks", "trainer", "evaluation", "optim", "recipe")
+    core = (
+        "ops",
+        "quantizer",
+        "quantizers",
+        "uniform",
+        "layers",
+        "surgery",
+        "hooks",
+        "trainer",
+        "evaluation",
+        "optim",
+        "recipe",
+    )
     names = {f"qbench.{name}" for name in core}
     text = json.dumps([config["method"], config["model"]])
     names |= {target.rpartition(".")[0] for target in re.findall(r'"_target_": "([^"]+)"', text)}

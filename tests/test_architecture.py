@@ -76,7 +76,19 @@ def test_nothing_in_the_core_knows_a_paper() -> None:
 
 
 def test_methods_use_the_core_alone() -> None:
-    allowed = {"ops", "ranges", "quantizer", "quantizers", "layers", "method", "hooks", "errors", "xor_spec", "binary"}
+    allowed = {
+        "ops",
+        "ranges",
+        "quantizer",
+        "quantizers",
+        "uniform",
+        "layers",
+        "method",
+        "hooks",
+        "errors",
+        "xor_spec",
+        "binary",
+    }
     for name, used in graph(everywhere=True).items():
         if name.startswith("qbench.methods."):
             assert {u.removeprefix("qbench.") for u in used} <= allowed, name

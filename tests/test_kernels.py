@@ -22,8 +22,9 @@ from qbench.methods.lsq import LSQ
 from qbench.methods.pact import PACT
 from qbench.models.mobilenet import MobileNetV2
 from qbench.models.resnet import ResNetCIFAR
-from qbench.quantizers import DoReFaWeight, Uniform
+from qbench.quantizers import DoReFaWeight
 from qbench.surgery import quantize
+from qbench.uniform import Uniform
 
 FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 SHAPES = [(5, 3, 7, 9), (2, 600, 2, 3), (6, 8, 1, 1), (40, 20, 13, 13)]

@@ -7,7 +7,7 @@ from qbench import ops, ranges
 from qbench.layers import QuantLayer, quant_layers
 from qbench.method import Hook, State
 from qbench.quantizer import Quantizer, check_choice
-from qbench.quantizers import UniformGrid
+from qbench.uniform import UniformGrid
 
 
 class Weight(UniformGrid):

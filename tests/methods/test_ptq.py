@@ -13,7 +13,7 @@ from qbench.method import Rule
 from qbench.methods.ptq import fold
 from qbench.models.resnet import ResNetCIFAR
 from qbench.models.tiny import Tiny
-from qbench.quantizers import Uniform
+from qbench.uniform import Uniform
 
 torch.set_num_threads(1)
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor, nn
 
-from qbench.quantizers import Uniform
+from qbench.uniform import Uniform
 
 torch.set_num_threads(1)
 
