@@ -234,7 +234,7 @@ def job(config: "DictConfig") -> int | float:
     except NotApplicable as error:
         note |= {"status": "n/a", "error": str(error)}
     except Exception as error:
-        from qbench.trainer import Interrupted
+        from qbench.interrupt import Interrupted
 
         if isinstance(error, Interrupted):
             print(f"qbench: {error}", file=sys.stderr)
@@ -258,9 +258,9 @@ def _one(config: dict[str, Any]) -> int:
 
         _print_plan(plan(config))
         return 0
+    from qbench.interrupt import Interrupted
     from qbench.report import tell
     from qbench.run import execute
-    from qbench.trainer import Interrupted
 
     try:
         result = execute(config)

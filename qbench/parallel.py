@@ -44,16 +44,16 @@ def in_workers(config: dict[str, Any], workers: int) -> dict[str, Any]:
     if note is None:
         raise UserError(f"a worker ended ({ended}). The same command goes on from the last checkpoint.")
     if note["kind"] == "Interrupted":
-        from qbench.trainer import Interrupted
+        from qbench.interrupt import Interrupted
 
         raise Interrupted(note["error"])
     raise UserError(note["error"]) if note["kind"] == "UserError" else RuntimeError(note["error"])
 
 
 def _work(rank: int, workers: int, config: dict[str, Any], folder: str) -> None:
+    from qbench.interrupt import Interrupted
     from qbench.run import _execute, prepare
     from qbench.screen import Screen
-    from qbench.trainer import Interrupted
 
     nccl = torch.cuda.device_count() >= workers and config["device"] != "cpu"
     if nccl:

@@ -224,8 +224,8 @@ class Study:
 
     def one(self, row: Row, seed: int) -> str | None:
         """Execute one run, or resume it; returns the error, if any, without folders."""
+        from qbench.interrupt import Interrupted
         from qbench.run import execute
-        from qbench.trainer import Interrupted
 
         try:
             self.add(row, self.ask.budget, execute(self.config(row, self.ask.budget, seed)))

@@ -1,10 +1,8 @@
 """calibrate -> train -> evaluate: the only loop that trains a whole net."""
 
 import math
-import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 from qbench import checkpoint, kernels
 from qbench.errors import UserError
 from qbench.evaluation import Batches, autocast, evaluate, rank, world
+from qbench.interrupt import Interrupted, Stop
 from qbench.layers import quantized_weights
 from qbench.method import Hook, Method, State
 from qbench.optim import criterion, make_optimizer, parameter_groups
@@ -26,10 +25,6 @@ from qbench.screen import Screen
 from qbench.telemetry import Telemetry
 
 LOGS_PER_EPOCH = 10
-
-
-class Interrupted(Exception):
-    """Ctrl-C: the state was saved; the message says how to go on."""
 
 
 @dataclass
@@ -99,6 +94,7 @@ class Trainer:
         self.seen = 0
         self.started = self.saved = time.monotonic()
         self.last_saved_step: int | None = None
+        self.stop = Stop()
 
     def _share(self, epochs: float) -> float:
         """Epochs as a share of this phase, on a whole step."""
@@ -171,7 +167,7 @@ class Trainer:
         self.started = time.monotonic()
         spe = self.steps_per_epoch
         every = max(1, round(self.recipe.evaluate_every * spe))
-        with self.screen.phase(self.phase, self.total, self.state.step) as view, self._interruptible():
+        with self.screen.phase(self.phase, self.total, self.state.step) as view, self.stop:
             while self.state.step < self.total:
                 epoch, start = divmod(self.state.step, spe)
                 for x, y in self.train_batches.epoch(epoch, start):
@@ -335,31 +331,11 @@ class Trainer:
         if self.recorder is not None:
             self.telemetry.record(self.model, self.recorder, self.state.step, self.state.epoch)
 
-    @contextmanager
-    def _interruptible(self) -> Iterator[None]:
-        """The first Ctrl-C asks the loop to stop after the step in hand; a second one stops at once."""
-        self.stop = False
-        try:
-            before = signal.getsignal(signal.SIGINT)
-            signal.signal(signal.SIGINT, self._on_interrupt)
-        except ValueError:  # not the main thread: whoever owns it handles Ctrl-C
-            yield
-            return
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
-
-    def _on_interrupt(self, number: int, frame: Any) -> None:
-        if self.stop:
-            raise KeyboardInterrupt
-        self.stop = True
-
     def _asked_to_stop(self) -> bool:
         """Whether any worker was asked to: all of them stop after the same step."""
         if world() == 1:
-            return self.stop
-        flag = torch.tensor(float(self.stop), device=self.device)
+            return self.stop.asked
+        flag = torch.tensor(float(self.stop.asked), device=self.device)
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag)
 

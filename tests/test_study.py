@@ -232,7 +232,7 @@ def test_what_fails_is_noted_and_the_rest_is_drawn(go: Callable[..., Any], tmp_p
 
 def test_stopped_by_the_user(go: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import qbench.run
-    from qbench.trainer import Interrupted
+    from qbench.interrupt import Interrupted
 
     def stop(*_: Any) -> dict[str, Any]:
         raise Interrupted("stopped")
