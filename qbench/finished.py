@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from torch import nn
 
-from qbench import checkpoint, device, evaluation, surgery
+from qbench import checkpoint, device, evaluation, kernels, surgery
 from qbench.build import make_method, make_model, place_net, quantize
 from qbench.data import load
 from qbench.errors import UserError
@@ -43,9 +43,10 @@ def evaluate(folder: Path, dataset: Mapping[str, Any] | None = None) -> tuple[di
     place = device.pick(run.config["device"])
     device.set_threads(run.config["threads"])
     place_net(model, place, run.config["channels_last"])
-    tests = make_batches(run, run.data.test, place, False)
-    loss, accuracy = evaluation.evaluate(model, tests, place, run.config["train"]["precision"])
-    return run.result() or {}, loss, accuracy
+    tests, result = make_batches(run, run.data.test, place, False), run.result() or {}
+    with kernels.using(result.get("kernels", "torch")):  # other kernels round otherwise: an image may tip over
+        loss, accuracy = evaluation.evaluate(model, tests, place, run.config["train"]["precision"])
+    return result, loss, accuracy
 
 
 def evaluate_checkpoint(config: dict[str, Any], path: Path) -> tuple[float, float]:
