@@ -7,9 +7,8 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
-from torch.nn import functional as F
 
-from qbench import layers, surgery
+from qbench import surgery
 from qbench.method import Method, State
 from qbench.methods.recu import RaiseTau, ReCUInput, ReCUWeight
 from qbench.models.resnet import ResNetCIFAR
@@ -123,23 +122,10 @@ def test_errors() -> None:
 
 
 @pytest.mark.parametrize("changes", [{}, {"scale": "learned", "normalize": True}])
-def test_yaml_on_a_resnet_trains(changes: dict[str, object]) -> None:
+def test_yaml_on_a_resnet_trains(changes: dict[str, object], still_after_two_steps) -> None:
     method = recu(**changes)
     torch.manual_seed(0)
     net = ResNetCIFAR(depth=8, channels=3, classes=10, size=8, shortcut_per_conv=True)
     surgery.quantize(net, method.rules)
-    before = {name: p.detach().clone() for name, p in net.named_parameters()}
-    optimizer = torch.optim.SGD(net.parameters(), 0.1)
-    state = State(net, torch.Generator(), steps=2)
-    x, y = torch.randn(8, 3, 8, 8), torch.arange(8)
-    for state.step in range(2):
-        for hook in method.hooks:
-            hook.before_step(state)
-        optimizer.zero_grad()
-        with layers.quantized_weights(net):
-            loss = F.cross_entropy(net(x), y)
-        loss.backward()
-        optimizer.step()
-    assert torch.isfinite(loss)
-    still = [name for name, p in net.named_parameters() if torch.equal(p, before[name])]
+    still = still_after_two_steps(net, method, torch.optim.SGD(net.parameters(), 0.1))
     assert not [name for name in still if not name.endswith("alpha")]  # the batch-norm behind cancels a learned scale
