@@ -13,7 +13,7 @@ from qbench.method import Method, State
 
 @pytest.fixture
 def still_after_two_steps() -> Callable[[nn.Module, Method, torch.optim.Optimizer], list[str]]:
-    """still_after_two_steps(net, method, optimizer): trains twice, with hooks; gives the parameters that stood still."""
+    """still_after_two_steps(net, method, optimizer): two steps, with hooks; gives the parameters that stood still."""
 
     def run(net: nn.Module, method: Method, optimizer: torch.optim.Optimizer) -> list[str]:
         before = {name: p.detach().clone() for name, p in net.named_parameters()}
