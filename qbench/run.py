@@ -61,6 +61,8 @@ def prepare(config: dict[str, Any], data: DataSet | None = None) -> Run:
     shape, plain = (data.channels, data.size, data.classes), config
     config = precision.decided(config, shape, lambda: make_model(plain, data))
     facts = {k: getattr(data, k) for k in ("name", "checksum", "augment", "mean", "std")}
+    if data.preprocess != "standard":
+        facts["preprocess"] = data.preprocess
     if data.classes != int(data.train.labels.max()) + 1:  # else the labels say it, and the checksum holds them
         facts["classes"] = data.classes
     init = config["init"]
@@ -260,6 +262,7 @@ def make_batches(run: Run, split: Any, place: torch.device, train: bool, shared:
         batch_size=recipe["batch_size"] if train else max(256, recipe["batch_size"]),
         mean=data.mean,
         std=data.std,
+        whitening=data.whitening,
         augment=data.augment if train else "none",
         shuffle=train,
         drop_last=train,

@@ -138,6 +138,7 @@ def _curves(axes: "Axes", card: Card, cells: Sequence[Cell]) -> None:
         late = [y for curve in ends for x, y in curve if x >= 0.25 * top]
         span = max(late) - min(late) or 1.0
         axes.set_ylim(min(late) - 0.08 * span, max(late) + 0.08 * span)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("epoch")
     axes.set_ylabel(_unit(card))
 

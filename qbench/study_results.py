@@ -130,6 +130,8 @@ def key_of(config: Mapping[str, Any], data: Mapping[str, Any], split: Mapping[st
     dataset = config["dataset"]
     if (data["name"], data["augment"], split) != (dataset["name"], dataset["augment"], split_of(dataset)):
         return None
+    if data.get("preprocess", "standard") != (dataset.get("preprocess") or "standard"):
+        return None
     if config["init"] not in ("float", "scratch"):
         return None  # a checkpoint is known by its bytes, not by its name
     parent = digest(identity(parent_of(config), data, "scratch"))

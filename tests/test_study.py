@@ -157,6 +157,7 @@ def test_rows_are_products_and_words_of_the_row_win(tmp_path: Path) -> None:
         ("method=xnor", "distill.weight=1"),
         ("method=pact", "distill.weight=1"),
         ("method=pact", "dataset.val=16"),
+        ("method=pact", "dataset.preprocess=gcn_zca"),
     ],
 )
 def test_the_key_is_that_of_the_run(words: tuple[str, ...]) -> None:
@@ -167,6 +168,8 @@ def test_the_key_is_that_of_the_run(words: tuple[str, ...]) -> None:
     split = split_of(config["dataset"])
     assert key_of(config, run.identity["data"], split) == run.key
     assert key_of(config, {**run.identity["data"], "name": "mnist"}, split) is None
+    other = "standard" if config["dataset"]["preprocess"] == "gcn_zca" else "gcn_zca"
+    assert key_of(config, {**run.identity["data"], "preprocess": other}, split) is None
     assert key_of(config, run.identity["data"], {**split, "val": 7}) is None
     assert key_of({**config, "seed": 9}, run.identity["data"], split) != run.key
 

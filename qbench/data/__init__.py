@@ -19,6 +19,7 @@ READERS: dict[str, Callable[[Mapping[str, Any]], tuple[Source, Source]]] = {
     "imagenet": imagenet,
     **dict.fromkeys(ORIGINALS, original),
 }
+PREPROCESSINGS = ("standard", "gcn_zca")
 
 
 def load(config: Mapping[str, Any]) -> DataSet:
@@ -47,7 +48,10 @@ def load(config: Mapping[str, Any]) -> DataSet:
     allowed = STREAM_AUGMENTATIONS if isinstance(whole_train, Stream) else AUGMENTATIONS
     if augment not in allowed:
         raise UserError(f"dataset.augment must be one of {', '.join(allowed)} for {name}, got '{augment}'")
-    return DataSet(name, train, test, val, classes, channels, size, mean, std, augment, checksum)
+    preprocess = str(config.get("preprocess") or "standard")
+    if preprocess not in PREPROCESSINGS or (preprocess != "standard" and isinstance(train, Stream)):
+        raise UserError(f"dataset.preprocess must be one of {', '.join(PREPROCESSINGS)} for {name}, got '{preprocess}'")
+    return DataSet(name, train, test, val, classes, channels, size, mean, std, augment, checksum, preprocess)
 
 
 def _shape(config: Mapping[str, Any], train: Source) -> tuple[int, int]:

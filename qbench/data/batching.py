@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qbench.data.splits import Split
+from qbench.data.whiten import Whiten
 
 # Pixels augmented at once, 2500 images of 32 x 32: enough to hide the cost of a call, few enough to stay in the cache.
 CHUNK = 2500 * 32 * 32
@@ -82,8 +83,9 @@ class Batches:
     """Batches of a `Split` that lies on `device` as one uint8 tensor; no worker processes.
 
     `len()` is the number of steps of an epoch. `epoch(e, start)` yields (x, y): x = (pixel / 255 - mean) / std as
-    float32 [B, C, H, W], channels_last in memory when asked, and y int64 [B]. Order, crops and flips of epoch e are
-    drawn on the CPU from (seed, e), one per position: the same on every device, from every start and for every rank.
+    float32 [B, C, H, W], or whitened by `whitening` (see whiten.fit), channels_last in memory when asked, and y int64
+    [B]. Order, crops and flips of epoch e are drawn on the CPU from (seed, e), one per position: the same on every
+    device, from every start and for every rank.
 
     Errors: ValueError on an argument out of range.
     """
@@ -95,6 +97,7 @@ class Batches:
         batch_size: int,
         mean: Sequence[float],
         std: Sequence[float],
+        whitening: tuple[Tensor, Tensor] | None = None,
         augment: str = "none",
         shuffle: bool = True,
         seed: int = 0,
@@ -107,7 +110,9 @@ class Batches:
         if augment not in AUGMENTATIONS:
             raise ValueError(f"augment must be one of {', '.join(AUGMENTATIONS)}, got {augment!r}")
         self.layout = Layout(len(split), batch_size, rank, world, drop_last)
-        self.normalize = Normalize(mean, std, device, channels_last)
+        self.normalize = (
+            Whiten(*whitening, device, channels_last) if whitening else Normalize(mean, std, device, channels_last)
+        )
         # Pixels lie together (NHWC), so that a crop gathers whole pixels and its result is channels_last as it is.
         self.images = split.images.to(device).permute(0, 2, 3, 1).contiguous()
         self.labels = split.labels.to(device)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qbench.data import whiten
 from qbench.errors import UserError
 
 
@@ -65,7 +66,8 @@ class DataSet:
     """A data set ready for training.
 
     `mean` and `std` are per channel, in units of the full range (pixel / 255). `checksum` is a SHA-256 over all that
-    decides the tensors: pixels, labels, and which images went to train, val and test.
+    decides the tensors: pixels, labels, and which images went to train, val and test. `preprocess` is standard, for
+    (pixel / 255 - mean) / std, or gcn_zca.
     """
 
     name: str
@@ -79,6 +81,15 @@ class DataSet:
     std: tuple[float, ...]
     augment: str
     checksum: str
+    preprocess: str = "standard"
+
+    @cached_property
+    def whitening(self) -> tuple[Tensor, Tensor] | None:
+        """(mean, matrix) of `whiten.fit` on the training images with `preprocess=gcn_zca`, else None."""
+        if self.preprocess == "standard":
+            return None
+        assert isinstance(self.train, Split)
+        return whiten.fit(self.train.images)
 
 
 def stratified(labels: Tensor, seed: int) -> Tensor:

@@ -133,6 +133,10 @@ class StreamBatches:
             raise UserError(str(error).strip().splitlines()[-1].removeprefix("qbench.errors.UserError: ")) from None
 
 
-def batches(split: Source, **options: Any) -> Batches | StreamBatches:
+def batches(
+    split: Source, *, whitening: tuple[Tensor, Tensor] | None = None, **options: Any
+) -> Batches | StreamBatches:
     """The batches of a split, in memory or on disk; options as for `Batches`."""
-    return Batches(split, **options) if isinstance(split, Split) else StreamBatches(split, **options)
+    if isinstance(split, Split):
+        return Batches(split, whitening=whitening, **options)
+    return StreamBatches(split, **options)

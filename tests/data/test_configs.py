@@ -19,6 +19,7 @@ KEYS = [
     "size",
     "mean",
     "std",
+    "preprocess",
     "augment",
     "val",
     "val_seed",
