@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -47,7 +48,7 @@ def _stream(source: Path, names: list[str], labels: Tensor, size: int) -> Stream
 
 
 class _Images(Dataset[tuple[Tensor, int]]):
-    """Item (position, index) is image `index` as uint8 [3, size, size], cropped as (seed, epoch, position) say."""
+    """Item (position, index) is image `index` as uint8 [size, size, 3], cropped as (seed, epoch, position) say."""
 
     def __init__(self, stream: Stream, augment: str, seed: int, epoch: int) -> None:
         self.stream, self.augment, self.key = stream, augment, (seed, epoch)
@@ -73,7 +74,7 @@ class _Images(Dataset[tuple[Tensor, int]]):
             torch.manual_seed(generator("augment", *self.key, position).initial_seed())
             for step in steps:
                 image = step(image)
-        return transforms.functional.pil_to_tensor(image), label
+        return torch.from_numpy(np.array(image)), label
 
 
 class StreamBatches:
@@ -128,7 +129,7 @@ class StreamBatches:
         )
         try:
             for images, labels in loader:
-                yield self.normalize(images), labels.to(self.device, non_blocking=True)
+                yield self.normalize(images.permute(0, 3, 1, 2)), labels.to(self.device, non_blocking=True)
         except UserError as error:  # a worker's error arrives with its traceback in the message: keep the last line
             raise UserError(str(error).strip().splitlines()[-1].removeprefix("qbench.errors.UserError: ")) from None
 
