@@ -1,4 +1,7 @@
-"""Parsed data sets, kept as one file of uint8 tensors each: parsing happens once, by one process."""
+"""Parsed data sets, kept as one file of uint8 tensors each: parsed once, by one process, and shared by all.
+
+The file is mapped into memory, not read: processes at work side by side have one copy of the images between them.
+"""
 
 import hashlib
 import io
@@ -8,11 +11,12 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from filelock import FileLock
+from torch import Tensor
 
 from qbench.data.splits import Split
 from qbench.errors import UserError
@@ -20,7 +24,7 @@ from qbench.files import atomic_write
 
 log = logging.getLogger(__name__)
 Splits = tuple[Split, Split]
-FORMAT = 1  # part of every key: raise it when the meaning of a file changes
+FORMAT = 2  # part of every key: raise it when the meaning of a file changes
 
 
 def cache_folder() -> Path:
@@ -96,11 +100,12 @@ def canonical(split: Split) -> Split:
 
 
 def _pack(train: Split, test: Split) -> bytes:
-    """The digests of both splits in hex, then their four arrays in NumPy's format."""
+    """The digests of both splits in hex, then images [N, H, W, C] and labels of each in NumPy's format."""
     file = io.BytesIO()
     file.write((train.digest + test.digest).encode())
-    for tensor in (train.images, train.labels, test.images, test.labels):
-        np.save(file, tensor.numpy())
+    for split in (train, test):
+        np.save(file, split.images.permute(0, 2, 3, 1).contiguous().numpy())  # as the batches want them
+        np.save(file, split.labels.numpy())
     return file.getvalue()
 
 
@@ -109,8 +114,9 @@ def _read(path: Path, warn: bool = True) -> Splits | None:
     try:
         with path.open("rb") as file:
             digests = file.read(128).decode()
-            arrays = [torch.from_numpy(np.load(file, allow_pickle=False)) for _ in range(4)]
-        train, test = Split(*arrays[:2]), Split(*arrays[2:])
+            train, test = (
+                Split(_mapped(file, np.uint8).permute(0, 3, 1, 2), _mapped(file, np.int64)) for _ in range(2)
+            )
         if train.digest + test.digest == digests:
             return train, test
         reason = "its checksum does not match"
@@ -121,3 +127,13 @@ def _read(path: Path, warn: bool = True) -> Splits | None:
     if warn:
         log.warning("the cached data set %s is damaged (%s): ignored and built again", path, reason)
     return None
+
+
+def _mapped(file: BinaryIO, dtype: Any) -> Tensor:
+    """The array at the file's position, mapped copy-on-write; the position moves behind it."""
+    np.lib.format.read_magic(file)
+    shape, _, _ = np.lib.format.read_array_header_1_0(file)
+    start = file.tell()
+    array = np.memmap(file, dtype, "c", start, shape)
+    file.seek(start + array.nbytes)
+    return torch.from_numpy(array)

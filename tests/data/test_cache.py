@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import write_images, zip_folder
 
-from qbench.data import DataSet, Split, load
+from qbench.data import Batches, DataSet, Split, load
 from qbench.data.cache import cached, canonical
 
 
@@ -39,6 +39,16 @@ def test_the_order_is_of_the_content_alone() -> None:
     assert shuffled.digest != train.digest
     assert canonical(shuffled).digest == canonical(train).digest
     assert canonical(train).digest != canonical(Split(train.images, train.labels.flip(0))).digest
+
+
+def test_a_mapped_set_is_batched_without_a_copy_and_written_without_harm() -> None:
+    cached("set", ["key"], splits)
+    train, _ = cached("set", ["key"], never)
+    made = Batches(train, batch_size=5, mean=[0.5] * 3, std=[0.25] * 3)
+    assert made.images.data_ptr() == train.images.data_ptr()
+    train.images.zero_()  # a write stays with the writer
+    again, _ = cached("set", ["key"], never)
+    assert again.images.any()
 
 
 @pytest.mark.parametrize("place", [0, 20, 150, 400, -1])
