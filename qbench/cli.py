@@ -12,39 +12,13 @@ from typing import TYPE_CHECKING, Any
 from qbench import catalog
 from qbench.errors import UserError, unknown
 from qbench.overrides import check, resolve_overrides, resolve_row
+from qbench.usage import HELP, USAGE
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-USAGE = """\
-qbench: run quantization papers, and set the published numbers beside your own.
-
-  qbench method=pact bits=4                       one run: float parent, calibrate, train, evaluate, draw
-  qbench -m method=pact,lsq bits=2,3,4 seed=0,1   a sweep: every combination, one table at the end
-  qbench list                                     methods, models, data sets, budgets
-  qbench table [DIR]                              the table of the results below DIR (outputs)
-  qbench eval RUN|CHECKPOINT [option=value ...]   evaluate again
-  qbench compare RUN RUN                          what differs in configuration and outcome
-  qbench paper list                               tables and figures of papers that can be redrawn
-  qbench paper CARD|all [budget=short] [seeds=3]  run one or all, beside what was published; only=ROWS out=DIR
-                                                  results=DIR plan=true draw=true (collect and draw, run nothing)
-  qbench bench [check|page] [only=step/pact]      how fast it is here, as ratios; `qbench bench help` says more
-
-Options, as name=value (conf/config.yaml holds all of them):
-  method= model= dataset= budget=       from the lists; budget: smoke, demo (default), short, paper
-  bits=4  bits=4/8  w_bits=  a_bits=    weights and activations, weights/activations, one of them
-  options.NAME=                         what the method offers beyond bits, e.g. options.n_tap=2 for flexor
-  train.NAME=  parent.NAME=             epochs, lr, batch_size, optimizer, schedule ... of training / float parent
-  init=scratch|float|CHECKPOINT         what the run starts from
-  dataset.root=DIR                      where the data lie
-  seed=  precision=fp32|bf16|auto  device=auto|cpu|cuda  workers=  threads=  out=DIR
-  plan=true                             print configuration, manifest and time, and run nothing
-  debug=true                            show tracebacks
-  hydra/launcher=joblib                 (with -m) runs side by side, one thread each
-
-The same command again goes on where it was cut off, or says what came out.
-"""
-COMMANDS = ("list", "table", "eval", "compare", "paper", "bench", "help")
+COMMANDS = (*HELP, "help")
+ASKING = ("help", "-h", "--help")
 SINGLE: list[
     int | BaseException
 ] = []  # what a single run came to: hydra.main returns nothing, and prints errors its own way
@@ -82,8 +56,8 @@ def _unexpected(error: BaseException) -> str:
 
 
 def _dispatch(args: list[str]) -> int:
-    if not args or args[0] in ("help", "-h", "--help"):
-        print(USAGE)
+    if not args or args[0] in ASKING or any(a in ASKING[1:] for a in args) or args[1:] == ["help"]:
+        print(HELP.get(next((a for a in args if a not in ASKING), ""), USAGE))
         return 0
     if args[0] == "--version":
         from qbench import __version__
@@ -179,6 +153,8 @@ def _hydra(args: list[str]) -> int:
         check(overrides, sweep)
     import hydra
 
+    from qbench.sweep import table, workers
+
     run: Callable[[], Any] = hydra.main(
         config_path=str(catalog.conf_folder()), config_name="config", version_base="1.3"
     )(job)
@@ -191,13 +167,12 @@ def _hydra(args: list[str]) -> int:
         return outcome
     with tempfile.TemporaryDirectory(prefix="qbench-sweep-") as folder:
         os.environ["QBENCH_SWEEP"] = folder
-        if any(o.startswith("hydra/launcher=") and not o.endswith("=basic") for o in overrides):
-            os.environ.setdefault("OMP_NUM_THREADS", "1")  # runs side by side: one thread each
         try:
-            run()
+            with workers(overrides):
+                run()
         finally:
             del os.environ["QBENCH_SWEEP"]
-            status = _sweep_table(Path(folder))
+            status = table(Path(folder))
     return status
 
 
@@ -289,21 +264,3 @@ def _print_plan(plan: dict[str, Any]) -> None:
     print(f"folder: {plan['folder']}")
     parent = f" + {plan['parent_steps']} for the float parent" if plan["parent_steps"] else ""
     print(f"{plan['steps']} steps{parent}: about {clock(plan['seconds'])} of training on this machine")
-
-
-def _sweep_table(folder: Path) -> int:
-    """Print the table of a sweep; 0 when nothing failed."""
-    from qbench import report
-
-    notes = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    others = [[*n["cells"], "", "", n["status"]] for n in notes if n["status"] != "done"]
-    print()
-    print(report.table([n["result"] for n in notes if n["status"] == "done"], others))
-    failed = [n for n in notes if n["status"] == "failed"]
-    for n in failed:
-        print(f"failed: {' '.join(n['overrides'])}: {n['error']}", file=sys.stderr)
-    skipped = sum(bool(n.get("result", {}).get("reused")) for n in notes)
-    missing = sum(n["status"] == "n/a" for n in notes)
-    print(f"\n{len(notes)} runs: {len(notes) - len(failed) - missing} done ({skipped} of them before), ", end="")
-    print(f"{len(failed)} failed, {missing} not applicable")
-    return 1 if failed else 0

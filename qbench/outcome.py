@@ -15,7 +15,7 @@ from torch import nn
 
 import qbench
 from qbench import checkpoint, files, plots, surgery, telemetry_plots, trainer
-from qbench.recorder import Recorder
+from qbench.recorder import Recorder, read
 from qbench.resolve import digest
 
 if TYPE_CHECKING:
@@ -78,11 +78,12 @@ def write(run: "Run", model: nn.Module, kept: dict[str, str], recorder: Recorder
     files.atomic_write(folder / "manifest.json", json.dumps(manifest, indent=1))
     files.atomic_write(folder / "config.yaml", yaml.safe_dump(json.loads(json.dumps(run.config)), sort_keys=False))
     recorder.flush()
+    records = read(folder)
     if run.config["train"]["steps"] != 0:
-        plots.curves(folder, result)
+        plots.curves(folder, result, records)
     if any("quantizer" in entry for entry in manifest["weights"].values()):
-        plots.histograms(folder, result)
-        telemetry_plots.telemetry(folder, result)
+        plots.histograms(folder, result, records)
+        telemetry_plots.telemetry(folder, result, records)
     recorder.result(result)
     recorder.close()
     for path in (

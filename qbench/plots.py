@@ -4,64 +4,59 @@ Matplotlib is imported inside the functions, so that importing this module costs
 pyplot, so no window, backend or global state is touched. Accuracies are recorded in percent.
 """
 
-import io
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qbench.drawing import (
+    BLUE,
+    DASHES,
+    FILL,
+    ORANGE,
+    STYLE,
+    Curve,
+    edges,
+    evenly,
+    log_scale,
+    records_of,
+    relative,
+    result_of,
+    save,
+    title_of,
+    traces_of,
+)
 from qbench.errors import UserError
-from qbench.files import atomic_write
-from qbench.recorder import METRICS, RESULT, read
+from qbench.recorder import METRICS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-STYLE: dict[Any, Any] = {
-    "font.size": 8,
-    "axes.titlesize": 7.5,
-    "axes.labelsize": 8,
-    "figure.titlesize": 9,
-    "legend.fontsize": 7,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.6,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-    "lines.linewidth": 1.2,
-    "lines.markersize": 3.5,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "0.9",
-    "grid.linewidth": 0.5,
-    "legend.frameon": False,
-    "pdf.fonttype": 42,  # letters stay letters when an editor opens the figure
-}
-# Okabe and Ito's colours, told apart by the colour-blind; line style and marker tell them apart in grey too.
-BLUE, ORANGE, RED, FILL = "#0072B2", "#E69F00", "#D55E00", "#9CC9E5"
-DASHES = ["-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (5, 3, 1, 3))]
 MOST_LAYERS = 24
 MOST_NAMES = 8  # a legend names so many lines; more get a colour scale
 
-Curve = tuple[list[float], list[float]]
 
-
-def curves(folder: Path, result: Mapping[str, Any] | None = None, *, dpi: int = 150, pdf: bool = False) -> Path:
+def curves(
+    folder: Path,
+    result: Mapping[str, Any] | None = None,
+    records: Sequence[dict[str, Any]] | None = None,
+    *,
+    dpi: int = 150,
+    pdf: bool = False,
+) -> Path:
     """Draws curves.png (5 inches wide): accuracy, loss and the quantizers' scales over the epochs.
 
     The accuracy is that of each evaluation, between two levels: the float parent and, where there is one, the net that
-    was calibrated and not yet trained. With `pdf` curves.pdf is written beside it.
+    was calibrated and not yet trained. With `pdf` curves.pdf is written beside it. `result` and `records` are what the
+    run's files hold, for a caller that has them at hand.
 
     Errors: UserError when the run has recorded nothing to draw.
     """
-    records, result = _records(folder), result or _result(folder)
+    records, result = records or records_of(folder), result or result_of(folder)
     accuracy = {phase: _curve(records, phase, "accuracy") for phase in ("test", "val")}
     loss = {phase: _curve(records, phase, "loss") for phase in ("train", "test", "val")}
-    traces = _traces(records)
+    traces = traces_of(records)
     panels = [bool(accuracy["test"][0] or accuracy["val"][0]), any(x for x, _ in loss.values()), *[True] * len(traces)]
     if not any(panels):
         raise UserError(f"{Path(folder) / METRICS} holds no loss, accuracy or trace to draw.")
@@ -69,8 +64,8 @@ def curves(folder: Path, result: Mapping[str, Any] | None = None, *, dpi: int = 
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(5, 0.5 + 2 * sum(panels)), layout="constrained")
-        figure.suptitle(_title(result))
+        figure = Figure(figsize=(5, 0.5 + 2 * sum(panels)))
+        figure.suptitle(title_of(result), y=1 - 0.04 / figure.get_figheight(), va="top")
         axes = list(figure.subplots(sum(panels), 1, sharex=True, squeeze=False)[:, 0])
         left = iter(axes)
         if panels[0]:
@@ -80,11 +75,18 @@ def curves(folder: Path, result: Mapping[str, Any] | None = None, *, dpi: int = 
         for (kind, lines), panel in zip(traces.items(), left, strict=True):
             _draw_traces(panel, kind, lines)
         _label_epochs(axes)
-        figure.align_ylabels(axes)
-        return _save(figure, Path(folder) / "curves.png", dpi, pdf)
+        _stack(figure, axes, 0.65 if any(len(lines) > MOST_NAMES for lines in traces.values()) else 0.1)
+        return save(figure, Path(folder) / "curves.png", dpi, pdf)
 
 
-def histograms(folder: Path, result: Mapping[str, Any] | None = None, *, dpi: int = 150, pdf: bool = False) -> Path:
+def histograms(
+    folder: Path,
+    result: Mapping[str, Any] | None = None,
+    records: Sequence[dict[str, Any]] | None = None,
+    *,
+    dpi: int = 150,
+    pdf: bool = False,
+) -> Path:
     """Draws histograms.png: for each quantized layer its weights, their quantized values and the use of its codes.
 
     The last record counts. Of more than 24 layers 24 are shown, evenly chosen with the first and the last, and the
@@ -92,12 +94,12 @@ def histograms(folder: Path, result: Mapping[str, Any] | None = None, *, dpi: in
 
     Errors: UserError when the run has recorded no histogram.
     """
-    taken = [record for record in _records(folder) if record.get("histograms")]
+    taken = [record for record in records or records_of(folder) if record.get("histograms")]
     if not taken:
         raise UserError(f"{Path(folder) / METRICS} holds no histogram to draw: no layer of this run was quantized.")
-    layers, result = taken[-1]["histograms"], result or _result(folder)
-    shown = _evenly(list(layers), MOST_LAYERS)
-    title = f"{_title(result)}\nweights after epoch {taken[-1]['epoch']:g}"
+    layers, result = taken[-1]["histograms"], result or result_of(folder)
+    shown = evenly(list(layers), MOST_LAYERS)
+    title = f"{title_of(result)}\nweights after epoch {taken[-1]['epoch']:g}"
     if len(shown) < len(layers):
         title += f"; {len(shown)} of {len(layers)} quantized layers, evenly chosen"
     import matplotlib
@@ -130,61 +132,13 @@ def histograms(folder: Path, result: Mapping[str, Any] | None = None, *, dpi: in
         stem = Line2D([], [], color="black", linewidth=0.9, marker="o", markersize=2.2)
         names = ["latent weight", "quantized weight"]
         figure.legend([Patch(facecolor=FILL, edgecolor=BLUE), stem], names, loc="lower center", ncols=2)
-        return _save(figure, Path(folder) / "histograms.png", dpi, pdf)
-
-
-def _records(folder: Path) -> list[dict[str, Any]]:
-    records = read(folder)
-    if not records:
-        raise UserError(f"{Path(folder) / METRICS} holds no records: is '{folder}' the folder of a run that has begun?")
-    return records
-
-
-def _result(folder: Path) -> dict[str, Any]:
-    """What the run came to, or nothing while it is still going."""
-    path = Path(folder) / RESULT
-    result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    return result
+        return save(figure, Path(folder) / "histograms.png", dpi, pdf)
 
 
 def _curve(records: Sequence[dict[str, Any]], phase: str, name: str) -> Curve:
     """Epochs and values of one scalar; a null (NaN when recorded) becomes NaN and leaves a gap."""
     points = [(r["epoch"], r[name]) for r in records if r.get("phase") == phase and name in r]
     return [x for x, _ in points], [math.nan if y is None else y for _, y in points]
-
-
-def _traces(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, Curve]]:
-    """{kind: {layer: curve}} in layer order; the kind is the last word of a trace's name, with its site if it has one.
-
-    `layer1.conv1.weight_quantizer.step`, or `layer1.conv1.weight.step`, is the `weight step` of layer1.conv1.
-    """
-    kinds: dict[str, dict[str, Curve]] = {}
-    for record in records:
-        for name, value in record.get("traces", {}).items():
-            words = name.replace("/", ".").replace("_quantizer.", ".").split(".")
-            length = 2 if len(words) > 1 and words[-2] in ("weight", "input", "output", "error", "grad") else 1
-            layer = ".".join(words[:-length])
-            x, y = kinds.setdefault(" ".join(words[-length:]), {}).setdefault(layer, ([], []))
-            x.append(record["epoch"])
-            y.append(math.nan if value is None else value)
-    return kinds
-
-
-def _evenly(names: list[str], most: int) -> list[str]:
-    if len(names) <= most:
-        return names
-    return [names[round(i * (len(names) - 1) / (most - 1))] for i in range(most)]
-
-
-def _title(result: Mapping[str, Any]) -> str:
-    """`pact W4/A4, resnet20 on cifar10, budget short, seed 0`, as far as it is known."""
-    if not result:
-        return "run not finished"
-    bits = "/".join(f"{s}{result[k]:g}" for s, k in (("W", "w_bits"), ("A", "a_bits")) if result.get(k) is not None)
-    subject = " on ".join(str(result[key]) for key in ("model", "dataset") if result.get(key) is not None)
-    parts = [f"{result.get('method', '')} {bits}".strip(), subject]
-    parts += [f"{key} {result[key]}" for key in ("budget", "seed") if result.get(key) is not None]
-    return ", ".join(part for part in parts if part)
 
 
 def _short(name: str) -> str:
@@ -251,7 +205,8 @@ def _draw_traces(axes: "Axes", kind: str, lines: dict[str, Curve]) -> None:
     axes.set_ylabel(kind)
     if not few:
         scale = ScalarMappable(Normalize(1, len(lines)), shades)
-        axes.figure.colorbar(scale, ax=axes, label="layer, in order", ticks=[1, len(lines)], pad=0.02)
+        bar = axes.inset_axes((1.02, 0, 0.025, 1))
+        axes.figure.colorbar(scale, cax=bar, label="layer, in order", ticks=[1, len(lines)])
     elif any(lines):
         _legend(axes)
 
@@ -264,6 +219,21 @@ def _legend(axes: "Axes") -> None:
     tried = range(len(lengths), 1, -1)
     columns = next((n for n in tried if sum(max(part) for part in array_split(lengths, n)) <= 80), 1)
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.2, columnspacing=1.2)
+
+
+def _stack(figure: "Figure", axes: Sequence["Axes"], right: float) -> None:
+    """Places panels one above the other, each below its legend, `right` inches from the edge.
+
+    Margins are in inches: a layout engine measures every text twice, half of the time that a figure takes.
+    """
+    width, height = figure.get_size_inches()
+    slot, inner = (height - 0.7) / len(axes), width - 0.7 - right
+    for index, panel in enumerate(reversed(axes)):
+        legend = panel.get_legend()
+        rows = math.ceil(len(legend.get_texts()) / legend._ncols) if legend else 0  # type: ignore[attr-defined]
+        tall = slot - 0.14 - 0.14 * rows
+        panel.set_position((0.7 / width, (0.43 + slot * index) / height, inner / width, tall / height))
+        panel.yaxis.set_label_coords(-0.53 / inner, 0.5)
 
 
 def _label_epochs(axes: Sequence["Axes"]) -> None:
@@ -280,20 +250,20 @@ def _scale(axes: "Axes", values: list[float]) -> None:
     """A logarithmic axis where all values are positive and span more than a factor of 20."""
     finite = [value for value in values if math.isfinite(value)]
     if finite and min(finite) > 0 and max(finite) / min(finite) > 20:
-        axes.set_yscale("log")
+        log_scale(axes)
 
 
 def _draw_values(axes: "Axes", layer: dict[str, Any]) -> None:
     latent, quantized = layer["latent"], layer["quantized"]
     if latent["counts"]:
-        edges = _edges(latent)
-        axes.stairs(_relative(latent), edges, fill=True, color=FILL)
-        axes.stairs(_relative(latent), edges, color=BLUE, linewidth=0.6)
+        bounds = edges(latent)
+        axes.stairs(relative(latent), bounds, fill=True, color=FILL)
+        axes.stairs(relative(latent), bounds, color=BLUE, linewidth=0.6)
     if quantized.get("values"):
         many = len(quantized["values"]) > 32
         stems = axes.stem(
             quantized["values"],
-            _relative(quantized),
+            relative(quantized),
             linefmt="k-",
             markerfmt="k," if many else "ko",
             basefmt=" ",
@@ -301,7 +271,7 @@ def _draw_values(axes: "Axes", layer: dict[str, Any]) -> None:
         stems.stemlines.set_linewidth(0.4 if many else 0.9)
         stems.markerline.set_markersize(2.2)
     elif quantized["counts"]:
-        axes.stairs(_relative(quantized), _edges(quantized), color="black", linewidth=0.7)
+        axes.stairs(relative(quantized), edges(quantized), color="black", linewidth=0.7)
     axes.set_ylim(0, 1.1)
     axes.locator_params(axis="x", nbins=4)
     axes.set_yticks([0, 0.5, 1])
@@ -318,38 +288,9 @@ def _draw_codes(axes: "Axes", layer: dict[str, Any]) -> None:
     if "values" in codes:
         axes.bar(codes["values"], shares, width=0.8 if len(shares) <= 32 else 1, color="0.45")
     else:
-        axes.stairs(shares, _edges(codes), fill=True, color="0.45")
+        axes.stairs(shares, edges(codes), fill=True, color="0.45")
     most = f" of {math.log2(layer['levels']):.3g}" if layer["levels"] else ""
     axes.set_ylim(0, 1.6 * max(shares))  # room for the entropy
     axes.text(0.98, 0.98, f"{codes['entropy']:.2f}{most} bits", transform=axes.transAxes, ha="right", va="top", size=7)
     axes.locator_params(axis="x", integer=True, nbins=5)
     axes.locator_params(axis="y", nbins=2)
-
-
-def _relative(histogram: dict[str, Any]) -> list[float]:
-    peak = max(histogram["counts"], default=0) or 1
-    return [count / peak for count in histogram["counts"]]
-
-
-def _edges(histogram: dict[str, Any]) -> list[float]:
-    lo, hi, bins = histogram["lo"], histogram["hi"], len(histogram["counts"])
-    return [lo + (hi - lo) * i / bins for i in range(bins + 1)]
-
-
-def _save(figure: "Figure", path: Path, dpi: int, pdf: bool) -> Path:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from PIL import Image
-
-    figure.set_dpi(dpi)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()  # savefig would draw twice, and encode a PNG that is decoded again here
-    width, height = canvas.get_width_height()
-    image = Image.frombuffer("RGBA", (width, height), canvas.buffer_rgba()).convert("RGB")
-    smaller = io.BytesIO()
-    image.quantize(256).save(smaller, format="png", dpi=(dpi, dpi))
-    atomic_write(path, smaller.getvalue())
-    if pdf:
-        page = io.BytesIO()
-        figure.savefig(page, format="pdf", metadata={"CreationDate": None})  # equal records give equal bytes
-        atomic_write(path.with_suffix(".pdf"), page.getvalue())
-    return path

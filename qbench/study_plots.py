@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qbench.cards import Card
-from qbench.plots import DASHES, STYLE, _save
+from qbench.drawing import DASHES, STYLE, save
 from qbench.study_pages import Cell, accuracy
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def draw(card: Card, budgets: Mapping[str, Sequence[Cell]], folder: Path) -> Pat
         parts[0].legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)
         if below:
             _histograms(parts[1], card, with_histograms)
-        return _save(figure, folder / "figure.png", 150, True)
+        return save(figure, folder / "figure.png", 150, True)
 
 
 def _heading(budget: str, cells: Sequence[Cell]) -> str:
@@ -124,6 +124,8 @@ def _dots(axes: "Axes", card: Card, cells: Sequence[Cell]) -> None:
 
 def _curves(axes: "Axes", card: Card, cells: Sequence[Cell]) -> None:
     """Test accuracy over the epochs, the first seed of each row; published final numbers as hollow marks at the end."""
+    from matplotlib.ticker import MaxNLocator
+
     top, ends = 0.0, []
     for i, cell in enumerate(cells):
         colour, dash = COLOURS[i % len(COLOURS)], DASHES[i % len(DASHES)]
@@ -138,7 +140,7 @@ def _curves(axes: "Axes", card: Card, cells: Sequence[Cell]) -> None:
         late = [y for curve in ends for x, y in curve if x >= 0.25 * top]
         span = max(late) - min(late) or 1.0
         axes.set_ylim(min(late) - 0.08 * span, max(late) + 0.08 * span)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("epoch")
     axes.set_ylabel(_unit(card))
 

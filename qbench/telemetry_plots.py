@@ -5,10 +5,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qbench.plots import DASHES, STYLE, Curve, _edges, _evenly, _records, _relative, _result, _save, _title, _traces
+from qbench.drawing import (
+    DASHES,
+    STYLE,
+    Curve,
+    edges,
+    evenly,
+    log_scale,
+    records_of,
+    relative,
+    result_of,
+    save,
+    title_of,
+    traces_of,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 PERCENT = {
     "flips": "codes changed since\nlast record (% of weights)",
@@ -23,7 +37,12 @@ SHADES = ("0.7", "0.4", "0.0")  # first, middle and last record of a histogram
 
 
 def telemetry(
-    folder: Path, result: Mapping[str, Any] | None = None, *, dpi: int = 150, pdf: bool = False
+    folder: Path,
+    result: Mapping[str, Any] | None = None,
+    records: Sequence[dict[str, Any]] | None = None,
+    *,
+    dpi: int = 150,
+    pdf: bool = False,
 ) -> Path | None:
     """Draws telemetry.png: flips, entropy and use of codes, dead gradients, scales, and three layers' latents.
 
@@ -31,7 +50,7 @@ def telemetry(
     histograms of the latents of the first, the middle and the last quantized layer at three times. None, and no file,
     where fewer than two records were taken: nothing has moved.
     """
-    records, result = _records(folder), result or _result(folder)
+    records, result = records or records_of(folder), result or result_of(folder)
     panels = _measures(records)
     taken = [r for r in records if r.get("histograms")]
     if not panels or len(taken) < 2:
@@ -41,11 +60,15 @@ def telemetry(
 
     rows = math.ceil(len(panels) / 3)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(7.2, 0.9 + 1.75 * (rows + 1)), layout="constrained")
-        figure.suptitle(_title(result))
-        parts: Any = figure.subfigures(2, 1, height_ratios=[rows + 0.25, 1.15])
-        upper, lower = parts
-        axes = list(upper.subplots(rows, 3, sharex=True, squeeze=False).flat)
+        figure = Figure(figsize=(7.2, 0.9 + 1.75 * (rows + 1)))
+        width, height = figure.get_size_inches()
+        figure.suptitle(title_of(result), y=1 - 0.04 / height, va="top")
+        layers = list(next(iter(panels.values())))
+        few = len(layers) <= NAMED
+        # Margins in inches, as a layout engine would take as long as all of the drawing.
+        left, right, bottom, top = 0.72, 0.1 if few else 0.55, 2.75 if few else 2.4, 0.3
+        grid = _grid(figure, rows, (left, width - right, bottom, height - top), gaps=(0.8, 0.17))
+        axes = list(grid.subplots(sharex=True, squeeze=False).flat)
         for panel, (label, lines) in zip(axes, panels.items(), strict=False):
             _draw_lines(panel, label, lines)
         for panel in axes[len(panels) :]:
@@ -53,10 +76,13 @@ def telemetry(
         for panel in axes[max(0, len(panels) - 3) : len(panels)]:
             panel.tick_params(labelbottom=True)
             panel.set_xlabel("epoch")
-        layers = list(next(iter(panels.values())))
-        _key(upper, axes, layers)
-        _draw_latents(lower, taken)
-        return _save(figure, Path(folder) / "telemetry.png", dpi, pdf)
+        if few:
+            _name(figure, layers, bottom - 0.55)
+        else:
+            box = (1 - 0.45 / width, bottom / height, 0.1 / width, 1 - (bottom + top) / height)
+            _scale(figure, figure.add_axes(box), layers)
+        _draw_latents(figure, taken)
+        return save(figure, Path(folder) / "telemetry.png", dpi, pdf)
 
 
 def _measures(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, Curve]]:
@@ -70,7 +96,7 @@ def _measures(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, Curve]]:
                 y.append(value * (100 if name in PERCENT else 1))
     panels = {LABELS.get(n, n): lines for n, lines in found.items() if any(any(y) for _, y in lines.values())}
     layers = set(next(iter(panels.values()), {}))
-    for kind, lines in _traces(records).items():
+    for kind, lines in traces_of(records).items():
         mine = {layer.removesuffix(".weight_quantizer"): curve for layer, curve in lines.items()}
         if panels and set(mine) <= layers:
             panels[f"{kind}\n(mean of layer)"] = mine
@@ -92,32 +118,44 @@ def _draw_lines(axes: "Axes", label: str, lines: dict[str, Curve]) -> None:
     axes.set_ylabel(label)
     values = [v for _, y in lines.values() for v in y if math.isfinite(v)]
     if values and min(values) > 0 and max(values) > 30 * min(values):
-        axes.set_yscale("log")
+        log_scale(axes)
     elif label in LABELS.values():
         axes.set_ylim(0, 1.05 * max(values, default=1))
 
 
-def _key(figure: Any, axes: "Sequence[Axes]", layers: list[str]) -> None:
-    """Which line is which layer: a legend while that is short, else a colour scale."""
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import ListedColormap, Normalize
+def _grid(figure: "Figure", rows: int, box: tuple[float, float, float, float], gaps: tuple[float, float]) -> Any:
+    """A grid of three columns in `box` (left, right, bottom, top; inches), with gaps between columns and rows."""
+    width, height = figure.get_size_inches()
+    left, right, bottom, top = box
+    wide, tall = (right - left - 2 * gaps[0]) / 3, (top - bottom - (rows - 1) * gaps[1]) / rows
+    sides = {"left": left / width, "right": right / width, "bottom": bottom / height, "top": top / height}
+    return figure.add_gridspec(rows, 3, **sides, wspace=gaps[0] / wide, hspace=gaps[1] / tall)
+
+
+def _name(figure: "Figure", layers: list[str], top: float) -> None:
+    """A legend of the layers, its upper edge `top` inches above the lower one of the figure."""
     from matplotlib.lines import Line2D
 
-    if len(layers) <= NAMED:
-        shades = [_shade(i, len(layers)) for i in range(len(layers))]
-        lines = [
-            Line2D([], [], color=c, linestyle=d)  # type: ignore[arg-type]
-            for c, d in zip(shades, DASHES, strict=False)
-        ]
-        figure.legend(lines, layers, loc="outside lower center", ncols=min(len(layers), 4))
-        return
-    shades = [_shade(i, 256) for i in range(256)]
-    scale = ScalarMappable(Normalize(1, len(layers)), ListedColormap(shades))
-    bar = figure.colorbar(scale, ax=list(axes), ticks=[1, len(layers)], pad=0.01, aspect=40)
+    shades = [_shade(i, len(layers)) for i in range(len(layers))]
+    lines = [
+        Line2D([], [], color=c, linestyle=d)  # type: ignore[arg-type]
+        for c, d in zip(shades, DASHES, strict=False)
+    ]
+    at = (0.5, top / figure.get_figheight())
+    figure.legend(lines, layers, loc="upper center", bbox_to_anchor=at, ncols=min(len(layers), 4), borderaxespad=0)
+
+
+def _scale(figure: "Figure", axes: "Axes", layers: list[str]) -> None:
+    """A colour scale in `axes`, where a legend of the layers would be too long."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import ListedColormap, Normalize
+
+    scale = ScalarMappable(Normalize(1, len(layers)), ListedColormap([_shade(i, 256) for i in range(256)]))
+    bar = figure.colorbar(scale, cax=axes, ticks=[1, len(layers)])
     bar.set_label(f"layer ({layers[0]} to {layers[-1]})", labelpad=-4)
 
 
-def _draw_latents(figure: Any, taken: Sequence[dict[str, Any]]) -> None:
+def _draw_latents(figure: "Figure", taken: Sequence[dict[str, Any]]) -> None:
     """Outlines of the histograms of three layers' latents at the first, the middle and the last record."""
     from matplotlib.lines import Line2D
 
@@ -125,17 +163,20 @@ def _draw_latents(figure: Any, taken: Sequence[dict[str, Any]]) -> None:
     styles = list(
         zip(SHADES[-len(times) :], ("-", "--", "-")[-len(times) :], (0.9, 0.9, 1.3)[-len(times) :], strict=True)
     )
-    names = _evenly(list(taken[-1]["histograms"]), 3)
-    axes = figure.subplots(1, len(names), squeeze=False, sharey=True)[0]
-    for panel, name in zip(axes, names, strict=True):
+    names = evenly(list(taken[-1]["histograms"]), 3)
+    box = (0.55, figure.get_figwidth() - 0.1, 0.65, 1.8)
+    axes = list(_grid(figure, 1, box, gaps=(0.15, 0)).subplots(sharey=True, squeeze=False)[0])
+    for panel in axes[len(names) :]:
+        panel.set_axis_off()
+    for panel, name in zip(axes, names, strict=False):
         panel.set_title(name)
         panel.set_xlabel("latent weight")
         panel.locator_params(axis="x", nbins=4)
         for time, (shade, dash, width) in zip(times, styles, strict=True):
             latent = taken[time]["histograms"][name]["latent"]
             if latent["counts"]:
-                panel.stairs(_relative(latent), _edges(latent), color=shade, linestyle=dash, linewidth=width)
+                panel.stairs(relative(latent), edges(latent), color=shade, linestyle=dash, linewidth=width)
     axes[0].set_ylabel("frequency (peak = 1)")
     keys = [Line2D([], [], color=c, linestyle=d, linewidth=w) for c, d, w in styles]  # type: ignore[arg-type]
     epochs = [f"epoch {taken[time]['epoch']:.3g}" for time in times]
-    figure.legend(keys, epochs, loc="outside lower center", ncols=len(keys))
+    figure.legend(keys, epochs, loc="lower center", ncols=len(keys), borderaxespad=0.3)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from qbench import plots
+from qbench import drawing, plots
 from qbench.errors import UserError
 from qbench.recorder import Recorder, layer_histogram
 
@@ -96,7 +96,7 @@ def test_a_diverged_run_can_be_drawn(tmp_path: Path) -> None:
 def test_traces_are_grouped_by_kind(tmp_path: Path) -> None:
     names = ["conv1.weight.step", "conv1.input.step", "conv2.weight_quantizer.step", "fc/S_tanh"]
     records = [{"epoch": 1.0, "traces": dict.fromkeys(names, 0.5)}]
-    assert {kind: list(lines) for kind, lines in plots._traces(records).items()} == {
+    assert {kind: list(lines) for kind, lines in drawing.traces_of(records).items()} == {
         "weight step": ["conv1", "conv2"],
         "input step": ["conv1"],
         "S_tanh": ["fc"],
@@ -105,7 +105,7 @@ def test_traces_are_grouped_by_kind(tmp_path: Path) -> None:
 
 def test_evenly_chosen_layers_hold_first_and_last() -> None:
     names = [str(i) for i in range(53)]
-    chosen = plots._evenly(names, 24)
+    chosen = drawing.evenly(names, 24)
     assert len(set(chosen)) == 24
     assert (chosen[0], chosen[-1]) == ("0", "52")
 

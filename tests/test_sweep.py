@@ -70,6 +70,34 @@ def test_joblib_runs_side_by_side_with_one_thread_each(process: Cli, tmp_path: P
     assert "Traceback" not in err
 
 
+def test_the_runs_come_to_workers_that_have_imported_what_they_need(process: Cli) -> None:
+    """Those that import early are those of Hydra's launcher, and none is left behind."""
+    script = """
+import os, sys, time
+from dataclasses import asdict
+from hydra_plugins.hydra_joblib_launcher.config import JobLibLauncherConf
+from joblib import Parallel, delayed
+from qbench.sweep import workers
+
+settings = {k: v for k, v in asdict(JobLibLauncherConf()).items() if k != "_target_"}
+settings |= {"n_jobs": 2, "backend": "loky", "timeout": None}  # as the launcher has them
+with workers(["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]):
+    time.sleep(2)  # Hydra composes
+    asked = delayed(eval)("(os.getpid(), 'torch._dynamo' in sys.modules)", {"os": os, "sys": sys})
+    found = Parallel(**settings)(asked for _ in range(4))
+assert all(ready for _, ready in found), found
+for number, _ in found:
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        continue
+    raise AssertionError(f"{number} still runs")
+"""
+    one = process.script("-c", script)
+    _, err = one.communicate(timeout=300)
+    assert one.returncode == 0, err
+
+
 def test_rows_that_differ_in_anything_but_the_seed_stand_apart() -> None:
     base = {
         "method": "m", "w_bits": 4, "a_bits": 4, "model": "n", "dataset": "d", "budget": "b", "bits_per_weight": 4.0,

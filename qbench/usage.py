@@ -1,0 +1,77 @@
+"""What `--help` says: of the program, and of each command. No imports, so that it answers at once."""
+
+USAGE = """\
+qbench: run quantization papers, and set the published numbers beside your own.
+
+  qbench method=pact bits=4                       one run: float parent, calibrate, train, evaluate, draw
+  qbench -m method=pact,lsq bits=2,3,4 seed=0,1   a sweep: every combination, one table at the end
+  qbench list                                     methods, models, data sets, budgets
+  qbench table [DIR]                              the table of the results below DIR (outputs)
+  qbench eval RUN|CHECKPOINT [option=value ...]   evaluate again
+  qbench compare RUN RUN                          what differs in configuration and outcome
+  qbench paper list                               tables and figures of papers that can be redrawn
+  qbench paper CARD|all [budget=short] [seeds=3]  run one or all, beside what was published
+  qbench bench [check|page] [only=step/pact]      how fast it is here, as ratios
+  qbench COMMAND --help                           more about list, table, eval, compare, paper, bench
+
+Options, as name=value (conf/config.yaml holds all of them):
+  method= model= dataset= budget=       from the lists; budget: smoke, demo (default), short, paper
+  bits=4  bits=4/8  w_bits=  a_bits=    weights and activations, weights/activations, one of them
+  options.NAME=                         what the method offers beyond bits, e.g. options.n_tap=2 for flexor
+  train.NAME=  parent.NAME=             epochs, lr, batch_size, optimizer, schedule ... of training / float parent
+  init=scratch|float|CHECKPOINT         what the run starts from
+  dataset.root=DIR                      where the data lie
+  seed=  precision=fp32|tf32|bf16|auto  device=auto|cpu|cuda  graph=auto  workers=  threads=  out=DIR
+  plan=true                             print configuration, manifest and time, and run nothing
+  debug=true                            show tracebacks
+  hydra/launcher=joblib                 (with -m) runs side by side, one thread each
+
+The same command again goes on where it was cut off, or says what came out.
+"""
+
+# By command.
+HELP = {
+    "list": """\
+qbench list                     methods (with the bits they take), models, data sets and budgets, one a line
+""",
+    "table": """\
+qbench table [DIR]              one row for each setting of the results below DIR (outputs), seeds as mean ± std
+""",
+    "eval": """\
+qbench eval RUN [dataset.NAME=value ...]        the net of a finished run, on its test set
+qbench eval CHECKPOINT [option=value ...]       a plain float state_dict; the options say which net and data
+
+  dataset.root=DIR      where the data lie; of a run's options only those of the data set may be set
+  model=  dataset=      of a plain checkpoint (resnet20, digits)
+""",
+    "compare": """\
+qbench compare RUN RUN          what differs between two finished runs, in configuration and outcome
+""",
+    "paper": """\
+qbench paper list                               tables and figures of papers that can be redrawn
+qbench paper CARD ... [option=value ...]        run what is missing of them, and draw it beside what was published
+qbench paper all [option=value ...]             the same for every card
+
+  budget=short            how long each run trains: smoke (a trial of two rows), demo, short, paper
+  seeds=3  seeds=0,4      how many (0, 1, 2), or which; one by default
+  only=PATTERN            rows of a card, e.g. only='resnet20*'
+  plan=true               say what would be run, and run nothing
+  draw=true               collect what is finished and draw it, run nothing
+  out=DIR                 where runs go and are looked for (outputs)
+  results=DIR             where tables and figures go (docs/results of a checkout, else results)
+  device=  threads=  dataset.root=  tensorboard=  checkpoint_seconds=  debug=    as in a run
+""",
+    "bench": """\
+qbench bench                          all of it, about eight minutes on two cores
+qbench bench check                    a short run against docs/benchmarks.json; fails when a ratio got worse
+qbench bench page                     docs/benchmarks.md from docs/benchmarks.json
+
+  only=step/pact,data/*   what to measure           model=resnet20,...      nets (default resnet20)
+  rounds=5  batch=128     repetitions, images       precision=fp32,bf16
+  threads=                CPU threads (all cores)   kernels=auto            cpp, numba, compile, torch: or several
+  peers=true              Brevitas, torch.ao and torchao beside ours, where they are installed
+  device=cuda             what is measured on a GPU: steps as CUDA graphs and op by op, data, runs side by side
+  quick=true              seconds, on a tiny net    out=DIR                 write DIR/bench.json (entries that it
+  against=FILE margin=0.25   of check                                       holds are kept unless measured now)
+""",
+}
