@@ -1,5 +1,6 @@
 """What two papers or more on two-valued nets use: scaled signs of weights, signs of inputs, gradients through sign."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from qbench import ops
+from qbench import ops, quantizer
 from qbench.layers import QuantLayer, quant_layers
 from qbench.method import Hook, State
 from qbench.quantizer import Codes, Kernel, Quantizer, check_bits, check_choice
@@ -62,7 +63,22 @@ class Slope(nn.Module):
         """sign(x) with this gradient."""
         if not (torch.is_grad_enabled() and x.requires_grad):
             return ops.sign_value(x)
+        if quantizer.fast is not None and quantizer.fast.takes(x):
+            return quantizer.fast.quantize(x, self.kernel())  # type: ignore[no-any-return]
         return ops.sign_with_slope(x, self(x))
+
+    def alike(self) -> Any:
+        """What two slopes share if they are the same; t and terms are those of the whole net."""
+        return self.kind, self.clip, self.omega
+
+    def kernel(self, *shift: Tensor) -> Kernel:
+        """sign(x), or sign(x - shift), with this gradient, as a compiled kernel knows it."""
+        value = {"identity": math.inf, "clipped": self.clip, "polynomial": 1.0}.get(self.kind)
+        if self.kind == "tanh":
+            return Kernel("tanh", self.t.item(), shift)
+        if value is None:
+            return Kernel("fourier", self.omega, shift, steps=int(self.terms.item()))
+        return Kernel("polynomial" if self.kind == "polynomial" else "sign", value, shift, closed=True)
 
     def extra_repr(self) -> str:
         return self.kind
@@ -171,6 +187,9 @@ class BinaryWeight(Quantizer):
             slope = x.abs() < 1 if self.gradient == "released" else x.abs() <= 1
         return _ScaledSign.apply(x, self.gradient, slope)  # type: ignore[no-any-return, no-untyped-call]
 
+    def alike(self) -> Any:
+        return self.gradient, None if self.slope is None else self.slope.alike()
+
     def codes(self, x: Tensor) -> Codes:
         """One plane of -1 and +1, with alpha as its coefficient."""
         w = x.detach().float()
@@ -211,6 +230,7 @@ class Sign(Quantizer):
         self.bits = check_bits(bits, 1, 1)
         self.inclusive, self.hardtanh = inclusive, hardtanh
         self.slope = None if gradient is None else Slope(gradient, clip=clip, omega=omega)
+        self.casts = self.slope is None
 
     def bypass(self, x: Tensor) -> Tensor:
         return ops.clip(x, -1, 1) if self.hardtanh else x
@@ -219,7 +239,7 @@ class Sign(Quantizer):
         return ops.sign_clipped(x, self.inclusive) if self.slope is None else self.slope.sign(x)
 
     def kernel(self, shape: torch.Size) -> Kernel | None:
-        return Kernel("sign", closed=self.inclusive) if self.slope is None else None
+        return Kernel("sign", closed=self.inclusive) if self.slope is None else self.slope.kernel()
 
     def describe(self) -> dict[str, Any]:
         return super().describe() | ({} if self.slope is None else {"gradient": self.slope.kind})
@@ -233,6 +253,9 @@ class HardTanh(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.clip(x, -1, 1)
+
+    def kernel(self, shape: torch.Size) -> Kernel:
+        return Kernel("bounded", 1.0)
 
 
 class BinarizeWeightsAfter(Hook):

@@ -19,6 +19,8 @@ class QuantLayer(nn.Module):
     Q_error.
     """
 
+    sees_both = False  # whether `forward` reads its input both before and after the input quantizer
+
     def __init__(self, layer: nn.Conv2d | nn.Linear) -> None:
         super().__init__()
         self.weight = layer.weight
@@ -65,7 +67,11 @@ class QuantLayer(nn.Module):
         return F.linear(x, weight, bias)
 
     def forward(self, x: Tensor, quantized: bool = False) -> Tensor:
-        """`quantized`: x has been through the input quantizer (fused with what made it)."""
+        """`quantized`: x has been through the input quantizer (fused with what made it).
+
+        A subclass with a forward of its own takes part in that if it says `sees_both`; then there is a third argument,
+        `before`: x as it was before.
+        """
         if self.input_quantizer is not None and not quantized:
             x = self.input_quantizer(x)
         y = self.apply_op(x, self.quantized_weight(), self.bias)

@@ -49,23 +49,34 @@ class Codes:
 
 
 fast: Any = None  # the compiled kernels while they are in use: see qbench.kernels.use
+formulas = False  # whether formulas (qbench.ops.formula) run compiled
 
 
 @dataclass(frozen=True)
 class Kernel:
     """What a compiled kernel must know of a quantizer to do what its `quantize` does, in values and gradients.
 
-    kind 'clip':    clip(x, 0, value), then on `steps` equal steps. Gradient 1 for 0 <= x < value (<= where `closed`);
-                    `trained` is the bound: 1 above
-    kind 'learned': value * round(clip(x / value, lo, hi)). Gradient 1 strictly inside; `trained` is the step, its
-                    gradient round(x / value) - x / value inside, lo or hi outside, multiplied by `slope`
-    kind 'sign':    +1 where x >= 0, else -1. Gradient 1 for |x| < 1 (<= where `closed`)
-    kind 'grid':    (clip(round(x / value) + zero, lo, hi) - zero) * value. Gradient 1 where nothing was clipped
+    In place of a ReLU:
+      'clip':    clip(x, 0, value), then on `steps` equal steps. Gradient 1 for 0 <= x < value (<= where `closed`);
+                 `trained` is the bound: 1 above
+      'relu':    clip(x, 0, value). Gradient 1 for 0 < x < value
+      'bounded': clip(x, -value, value). Gradient 1 for |x| <= value
+      'prelu':   max(x - gamma, 0) + beta min(x - gamma, 0) + zeta; `trained` are gamma, beta and zeta, per channel
+    Anywhere:
+      'learned': value * round(clip(x / value, lo, hi)). Gradient 1 strictly inside; `trained` is the step, its
+                 gradient round(x / value) - x / value inside, lo or hi outside, multiplied by `slope`
+      'grid':    (clip(round(x / value) + zero, lo, hi) - zero) * value. Gradient 1 where nothing was clipped
+      a sign, +1 where u = x - shift >= 0, else -1; `trained` is the shift, per channel (none: 0), its gradient minus
+      the sum of that of x:
+      'sign':       gradient 1 for |u| < value (<= where `closed`)
+      'polynomial': max(0, 2 - 2 |u|)
+      'tanh':       max(value, 1) (1 - tanh^2(value u))
+      'fourier':    (4 value / pi) sum_{i=0..steps} cos((2i + 1) value u), 0 for |u| >= pi / value
     """
 
     kind: str
     value: float = 1.0
-    trained: Tensor | None = None
+    trained: tuple[Tensor, ...] = ()
     steps: int = 1
     lo: float = 0.0
     hi: float = 0.0
@@ -85,7 +96,10 @@ class Quantizer(nn.Module, ABC):
     bits: float
     signed: bool = True
     granularity: str = "per_tensor"
+    watches: bool = False  # its range follows what it is given: it must be called, and nothing may take its place
+    casts: bool = False  # whether `quantize` takes and gives bf16 too, computing in float32 inside its formula
     idempotent: bool = True  # quantizing a quantized tensor changes nothing; a paper whose map is not says so
+    eager: str = ""  # why a step with it cannot be a CUDA graph ("reads a value on the host"); empty: it can
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,6 +109,13 @@ class Quantizer(nn.Module, ABC):
     @abstractmethod
     def quantize(self, x: Tensor) -> Tensor:
         """Return x (float32) on the grid."""
+
+    def alike(self) -> Any:
+        """What must be equal for two weights to be quantized as one whose output channels are those of both.
+
+        None where a channel does not stand alone, as its layer's other channels count.
+        """
+        return None
 
     def bypass(self, x: Tensor) -> Tensor:
         """What happens while not `enabled`: the identity; ReLU where the quantizer stands in place of a ReLU."""
@@ -109,14 +130,18 @@ class Quantizer(nn.Module, ABC):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        if "quantize" in vars(cls) and "kernel" not in vars(cls):
-            cls.kernel = Quantizer.kernel  # type: ignore[method-assign]
+        if "quantize" in vars(cls):
+            cls.casts = vars(cls).get("casts", False)
+            if "kernel" not in vars(cls):
+                cls.kernel = Quantizer.kernel  # type: ignore[method-assign]
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
             return self.bypass(x)
         if fast is not None and fast.takes(x) and (kernel := self.kernel(x.shape)) is not None:
             return fast.quantize(x, kernel)  # type: ignore[no-any-return]
+        if formulas and self.casts:
+            return self.quantize(x)
         return self.quantize(x.float()).to(x.dtype)
 
     @torch.no_grad()
@@ -173,8 +198,24 @@ class Quantizer(nn.Module, ABC):
 
     @classmethod
     def quantize_all(cls, weights: Sequence[Tensor], quantizers: Sequence["Quantizer"]) -> list[Tensor]:
-        """Quantize all weights of a net that share this class; override where one pass serves all layers."""
-        return [q(w) for w, q in zip(weights, quantizers, strict=True)]
+        """Quantize all weights of a net that share this class; override where one pass serves all layers.
+
+        Those that are `alike` and of one shape but for their output channels are stacked along these, and one call
+        serves them.
+        """
+        groups: dict[Any, list[int]] = {}
+        for i, (w, q) in enumerate(zip(weights, quantizers, strict=True)):
+            key = q.alike() if q.enabled else None
+            groups.setdefault(i if key is None else (key, w.shape[1:], w.dtype), []).append(i)
+        hats: dict[int, Tensor] = {}
+        for first, *others in groups.values():
+            members = [weights[i] for i in (first, *others)]
+            if others:
+                parts = quantizers[first](torch.cat(members)).split([len(w) for w in members])
+            else:
+                parts = (quantizers[first](members[0]),)
+            hats.update(zip((first, *others), parts, strict=True))
+        return [hats[i] for i in range(len(weights))]
 
     def get_extra_state(self) -> dict[str, Any]:
         return {"enabled": self.enabled}

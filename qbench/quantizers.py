@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ class _DoReFaWeights(torch.autograd.Function):
     def forward(ctx: Any, n: list[int], detach: list[bool], *tensors: Tensor) -> tuple[Tensor, ...]:
         scales, ws = tensors[: len(n)], tensors[len(n) :]
         ts = torch._foreach_tanh(ws)
-        ms = torch._foreach_clamp_min(torch._foreach_norm(ts, math.inf), 1e-8)
+        ms = torch._foreach_clamp_min(torch._foreach_max(torch._foreach_abs(ts)), 1e-8)
         ctx.save_for_backward(*scales, *ms, *ts)
         ctx.detach = detach
         hats = torch._foreach_div(ts, torch._foreach_mul(ms, 2))
@@ -57,15 +58,70 @@ class _DoReFaWeights(torch.autograd.Function):
         count = len(grads)
         scales, ms, ts = (ctx.saved_tensors[i * count : (i + 1) * count] for i in range(3))
         gs = torch._foreach_mul(grads, torch._foreach_div(scales, ms))
-        for g, t, m, detach in zip(gs, ts, ms, ctx.detach, strict=True):
-            if not detach:
-                top = t.abs() == m
-                g.sub_(top * t.sign() * ((g * t).sum() / m / top.sum().clamp_min(1)))
+        if not all(ctx.detach):
+            tops = torch._foreach_trunc(torch._foreach_div(ts, ms))  # the sign where |t| = m, else 0
+            sums, counts = ([p.sum() for p in torch._foreach_mul(a, b)] for a, b in ((gs, ts), (tops, tops)))
+            shares = torch._foreach_div(sums, torch._foreach_mul(ms, torch._foreach_clamp_min(counts, 1)))
+            torch._foreach_mul_(shares, [float(not d) for d in ctx.detach])
+            torch._foreach_sub_(gs, torch._foreach_mul(tops, shares))
         slopes = torch._foreach_mul(ts, ts)
         torch._foreach_neg_(slopes)
         torch._foreach_add_(slopes, 1)
         torch._foreach_mul_(gs, slopes)
         return (None, None, *[None] * count, *gs)
+
+
+@cache
+def _layout(sizes: tuple[int, ...], n: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(the layer of each weight of a net in one row, n of each layer), kept on the device."""
+    layer = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    return layer.to(device), torch.tensor(n, dtype=torch.float32, device=device)
+
+
+def _in_memory_order(t: Tensor, last: bool) -> Tensor:
+    return (t.permute(0, 2, 3, 1) if last else t).reshape(-1)
+
+
+class _DoReFaWeightsInOneRow(torch.autograd.Function):
+    """`_DoReFaWeights` for a GPU: a launch for each operation, not for each layer of it; all with one `detach`."""
+
+    @staticmethod
+    def forward(ctx: Any, n: list[int], detach: list[bool], *tensors: Tensor) -> tuple[Tensor, ...]:
+        scales, ws = torch.stack(tensors[: len(n)]), tensors[len(n) :]
+        ctx.detach, ctx.shapes = detach[0], [w.shape for w in ws]
+        ctx.last = [w.dim() == 4 and w.is_contiguous(memory_format=torch.channels_last) for w in ws]
+        ctx.sizes = [w.numel() for w in ws]
+        layer, levels = _layout(tuple(ctx.sizes), tuple(n), ws[0].device)
+        t = torch.cat(list(map(_in_memory_order, ws, ctx.last))).tanh_()
+        m = torch.stack(torch._foreach_norm(t.split(ctx.sizes), math.inf)).clamp_min_(1e-8)
+        ctx.save_for_backward(t, m, scales, layer)
+        row = (t / (2 * m)[layer]).add_(0.5).mul_(levels[layer]).round_()
+        return _DoReFaWeightsInOneRow.layers(ctx, row.mul_((2 * scales / levels)[layer]).sub_(scales[layer]))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        t, m, scales, layer = ctx.saved_tensors
+        g = torch.cat(list(map(_in_memory_order, grads, ctx.last))).mul_((scales / m)[layer])
+        if not ctx.detach:
+            top, parts = t.abs() == m[layer], g * t
+            # torch sums many tensors at once as norms alone: what is above 0, less what is below
+            above, below, count = (
+                torch.stack(torch._foreach_norm(x.split(ctx.sizes), 1))
+                for x in (parts.clamp_min(0), parts.clamp_max(0), top.to(t.dtype))
+            )
+            g.sub_(top * t.sign() * ((above - below) / m / count.clamp_min_(1))[layer])
+        none = [None] * len(grads)
+        return None, None, *none, *_DoReFaWeightsInOneRow.layers(ctx, g.mul_(1 - t * t))
+
+    @staticmethod
+    def layers(ctx: Any, row: Tensor) -> tuple[Tensor, ...]:
+        """The weights of each layer, in their shape and memory format, as views of the row."""
+        parts = []
+        for part, shape, last in zip(row.split(ctx.sizes), ctx.shapes, ctx.last, strict=True):
+            n, c, h, w = shape if last else (0, 0, 0, 0)
+            parts.append(part.view(n, h, w, c).permute(0, 3, 1, 2) if last else part.view(shape))
+        return tuple(parts)
 
 
 class DoReFaWeight(Quantizer):
@@ -119,7 +175,7 @@ class DoReFaWeight(Quantizer):
     @classmethod
     def quantize_all(cls, weights: Sequence[Tensor], quantizers: Sequence[Quantizer]) -> list[Tensor]:
         """All layers in one pass; those of one bit, and what is not float32, by themselves."""
-        hats = dict.fromkeys(range(len(weights)), torch.empty(0))
+        hats: dict[int, Tensor] = {}
         together = []
         for i, (w, q) in enumerate(zip(weights, quantizers, strict=True)):
             if type(q).quantize is DoReFaWeight.quantize and q.bits > 1 and w.dtype == torch.float32:
@@ -129,7 +185,9 @@ class DoReFaWeight(Quantizer):
         if together:
             index, ws, qs = zip(*together, strict=True)
             options = [q.levels - 1 for q in qs], [q.detach for q in qs]
-            done = _DoReFaWeights.apply(*options, *[q.scale for q in qs], *ws)  # type: ignore[no-untyped-call]
+            one = ws[0].is_cuda and len(set(options[1])) == 1
+            function = _DoReFaWeightsInOneRow if one else _DoReFaWeights
+            done = function.apply(*options, *[q.scale for q in qs], *ws)  # type: ignore[no-untyped-call]
             hats.update(zip(index, done, strict=True))
         return [hats[i] for i in range(len(weights))]
 

@@ -7,16 +7,24 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from qbench import ranges
+from qbench import ops, ranges
 from qbench.quantizer import Codes, Kernel, Quantizer, check_bits, check_choice
+
+
+@ops.formula
+def _on_grid(x: Tensor, step: Tensor, zero: Tensor, lowest: int, highest: int) -> tuple[Tensor, Tensor]:
+    """(x_hat, where nothing was clipped)."""
+    codes = ranges.codes(x, step, zero)
+    inside = (codes >= lowest) & (codes <= highest)
+    return codes.clamp_(lowest, highest).sub_(zero).mul_(step), inside
 
 
 class _OnGrid(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, step: Tensor, zero: Tensor, lowest: int, highest: int) -> Tensor:
-        codes = ranges.codes(x, step, zero)
-        ctx.save_for_backward((codes >= lowest) & (codes <= highest))
-        return codes.clamp_(lowest, highest).sub_(zero).mul_(step)
+        y, inside = _on_grid(x, step, zero, lowest, highest)
+        ctx.save_for_backward(inside)
+        return y  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable

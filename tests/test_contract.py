@@ -299,8 +299,8 @@ def test_one_pass_over_all_weights_equals_each_layer_alone(case: Case) -> None:
         else:
             hats = [layer.quantized_weight() for layer in layers.values()]
         case.model.zero_grad()
-        for i, hat in enumerate(hats):
-            hat.backward(torch.randn(hat.shape, generator=torch.Generator().manual_seed(i)))
+        draw = torch.Generator().manual_seed(0)
+        torch.autograd.backward(hats, [torch.randn(hat.shape, generator=draw) for hat in hats])
         grads = {n: None if p.grad is None else p.grad.clone() for n, p in case.model.named_parameters()}
         gradients.append(([h.detach() for h in hats], grads))
     for a, b in zip(gradients[0][0], gradients[1][0], strict=True):

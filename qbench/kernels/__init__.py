@@ -1,7 +1,8 @@
 """Compiled versions of quantizers, and of batch-norm with what follows it.
 
-Three tiers give the same values up to rounding: `cpp` (a C++ source of this package, compiled on first use and kept in
-the cache folder), `numba` (the same loops without a C++ compiler) and `torch` (the reference: no kernel at all).
+Four tiers give the same values up to rounding: `cpp` (a C++ source of this package, compiled on first use and kept in
+the cache folder), `numba` (the same loops without a C++ compiler), `compile` (the formulas of quantizers by
+torch.compile, the tier of GPUs) and `torch` (the reference: no kernel at all).
 """
 
 import logging
@@ -9,9 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 
-from qbench import quantizer
+from qbench import ops, quantizer
 from qbench.kernels import build
 from qbench.kernels.backend import ENTRIES, Backend, address, openmp_threads
+from qbench.kernels.formulas import Formulas
 from qbench.kernels.functions import Fast
 from qbench.kernels.fuse import fuse
 from qbench.recipe import KERNELS
@@ -46,7 +48,7 @@ def available() -> dict[str, bool]:
 
 
 def use(mode: str) -> str:
-    """Switch all nets of this process to a tier; returns the one now in use: cpp, numba or torch.
+    """Switch all nets of this process to a tier; returns the one now in use: cpp, numba, compile or torch.
 
     `auto` takes the first that works. In place of one that was asked for and does not work comes the next; why is said
     once per process.
@@ -55,6 +57,11 @@ def use(mode: str) -> str:
     """
     if mode not in KERNELS:
         raise ValueError(f"kernels must be one of {', '.join(KERNELS)}, got {mode!r}")
+    ops.compiled = Formulas(_say) if mode == "compile" else None
+    quantizer.formulas = mode == "compile"
+    if mode == "compile":
+        quantizer.fast = None
+        return "compile"
     order = {"auto": ("cpp", "numba"), "cpp": ("cpp", "numba"), "numba": ("numba",), "torch": ()}[mode]
     for name in order:
         found = _cpp() if name == "cpp" else _numba()
@@ -69,11 +76,11 @@ def use(mode: str) -> str:
 @contextmanager
 def using(mode: str) -> Iterator[str]:
     """Within the block that tier is in use, which is given; then what was before."""
-    before = quantizer.fast
+    before = quantizer.fast, quantizer.formulas, ops.compiled
     try:
         yield use(mode)
     finally:
-        quantizer.fast = before
+        quantizer.fast, quantizer.formulas, ops.compiled = before
 
 
 @cache
@@ -83,4 +90,6 @@ def _say(line: str) -> None:
 
 def tier() -> str:
     """The tier in use."""
-    return "torch" if quantizer.fast is None else str(quantizer.fast.backend.name)
+    if quantizer.fast is not None:
+        return str(quantizer.fast.backend.name)
+    return "torch" if ops.compiled is None or ops.compiled.broken else "compile"

@@ -10,16 +10,18 @@ from torch import Tensor
 
 POINTERS = (
     *("x", "r", "gy", "gq", "y", "q", "dx", "dr", "sums", "coefficients"),
-    *("weight", "bias", "running_mean", "running_var", "dweight", "dbias", "dscalars"),
+    *("weight", "bias", "running_mean", "running_var", "dchannels", "dscalars"),
 )
-WORDS = ("thread", "threads", "bf16", "n", "channels", "inner", "chunks", "rounds", "kind", "unused", *POINTERS)
+WORDS = ("thread", "threads", "bf16", "n", "channels", "inner", "chunks", "activation", "kind", "norm", *POINTERS)
 DOUBLES = (
     *("eps", "momentum", "lo", "hi", "from_", "below", "times", "step"),
     *("qstep", "qlo", "qhi", "qzero", "qbelow"),
 )
-KINDS = {"none": 0, "learned": 1, "sign": 2, "grid": 3}
+ACTIVATIONS = {"clip": 0, "round": 1, "prelu": 2}
+KINDS = {"none": 0, "learned": 1, "grid": 2, "sign": 3, "polynomial": 4, "tanh": 5, "fourier": 6}
 ENTRIES = ("stats_part", "stats_end", "forward_part", "reduce_part", "reduce_end", "apply_part")
-ROWS = 7  # of the coefficients
+ROWS = ("a", "b", "mean", "inverse", "kg", "kx", "k1", "beta", "zeta", "shift")  # of the coefficients, by channel
+SUMS = ("dz", "dzx", "dshift", "dbeta", "dzeta")  # what the backward pass adds up by channel
 SMALL = 1 << 15  # values below which one thread is faster than two
 CHUNKS = 64  # at most; sums are taken per chunk, whatever the number of threads
 

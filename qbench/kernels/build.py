@@ -91,7 +91,7 @@ def library() -> ctypes.CDLL:
         if not target.is_file():
             with FileLock(f"{target}.lock"):
                 if not target.is_file():
-                    log.info("compiling kernels with %s, once", command[0])
+                    log.warning("compiling the kernels with %s: once on this machine, some 10 s", command[0])
                     _compile(command, target)
         return ctypes.CDLL(str(target))
     except (OSError, subprocess.SubprocessError) as error:
@@ -110,7 +110,10 @@ def loops(thread: int, threads: int) -> Any:
         raise CannotBuild(f"numba cannot be imported ({error}); pip install numba") from error
     llvm.add_symbol("qbench_thread", thread)
     llvm.add_symbol("qbench_threads", threads)
-    numba.config.CACHE_DIR = str(folder() / "numba")  # type: ignore[attr-defined]
+    # numba looks at the date of one file, and not of those whose functions it takes in
+    sources = b"".join(SOURCE.with_name(name).read_bytes() for name in ("backend.py", "blocks.py", "loops.py"))
+    place = folder() / f"numba-{hashlib.sha256(sources).hexdigest()[:16]}"
+    numba.config.CACHE_DIR = str(place)  # type: ignore[attr-defined]
     try:
         from qbench.kernels import loops as compiled
     except (numba.core.errors.NumbaError, OSError, RuntimeError) as error:

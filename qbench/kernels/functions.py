@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -9,46 +10,60 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from qbench.kernels.backend import KINDS, ROWS, Args, Backend
+from qbench.kernels.backend import ACTIVATIONS, KINDS, ROWS, SUMS, Args, Backend
 from qbench.quantizer import Kernel
 
 INF = math.inf
 TINY = 1e-45  # the smallest float32 above 0
-IDENTITY = {"lo": -INF, "hi": INF, "from_": -INF, "below": INF}
 FORMATS = (torch.channels_last, torch.contiguous_format)
+IDENTITY = Kernel("bounded", INF)
+NOTHING = Kernel("none")
+A, B, MEAN, INVERSE, _, KX, K1, BETA, ZETA, SHIFT = range(len(ROWS))
 
 
 @dataclass
 class Call:
-    """What a fused function does, decided when it is called: the scalars of each part, and which outputs are wanted."""
+    """What a fused function does, decided when it is called: each part, and which outputs are wanted."""
 
     backend: Backend
-    activation: dict[str, float]
-    behind: dict[str, float]
+    activation: Kernel
+    behind: Kernel
     norm: nn.BatchNorm2d | None = None
     want: tuple[bool, bool] = (True, False)  # what the activation gives, and what the quantizer behind it makes of that
-    slope: float = 1.0  # of the step's gradient
+
+    @cached_property
+    def scalars(self) -> dict[str, float]:
+        """The numbers of both parts, as the compiled code calls them."""
+        return {**_first(self.activation), **_second(self.behind), "norm": self.norm is not None}
 
 
-def relu(cap: float = INF) -> dict[str, float]:
-    """The scalars of ReLU (ReLU6 with cap = 6): gradient 1 for 0 < z < cap, as torch has it."""
-    return {"lo": 0.0, "hi": cap, "from_": TINY, "below": cap}
+def _above(value: float) -> float:
+    """The next float32."""
+    return float(np.nextafter(np.float32(value), np.float32(INF)))
 
 
-def clip(kernel: Kernel) -> dict[str, float]:
-    """The scalars of a quantizer in place of a ReLU."""
-    a, n = np.float32(kernel.value), np.float32(kernel.steps)
-    below = np.nextafter(a, np.float32(INF)) if kernel.closed else a
-    scalars = {"hi": a, "below": below, "times": n / a, "step": a / n}
-    return {"lo": 0.0, "from_": 0.0, "rounds": 1} | {k: float(v) for k, v in scalars.items()}
+def _first(kernel: Kernel) -> dict[str, float]:
+    """What the compiled code calls the numbers of an activation. ReLU: gradient 1 for 0 < z < cap, as torch has it."""
+    value = kernel.value
+    if kernel.kind == "prelu":
+        return {"activation": ACTIVATIONS["prelu"], "from_": -INF, "below": INF}
+    if kernel.kind == "relu":
+        return {"lo": 0.0, "hi": value, "from_": TINY, "below": value}
+    if kernel.kind == "bounded":
+        return {"lo": -value, "hi": value, "from_": -value, "below": _above(value)}
+    a, n = np.float32(value), np.float32(kernel.steps)
+    steps = {"activation": ACTIVATIONS["round"], "times": float(n / a), "step": float(a / n)}
+    return steps | {"lo": 0.0, "hi": float(a), "from_": 0.0, "below": _above(value) if kernel.closed else float(a)}
 
 
-def behind(kernel: Kernel) -> dict[str, float]:
-    """The scalars of a quantizer at a layer's input."""
-    if kernel.kind == "sign":
-        return {"kind": KINDS["sign"], "qbelow": float(np.nextafter(np.float32(1), np.float32(1 + kernel.closed)))}
-    scalars = {"qstep": kernel.value, "qlo": kernel.lo, "qhi": kernel.hi, "qzero": kernel.zero}
-    return {"kind": KINDS[kernel.kind], **scalars}
+def _second(kernel: Kernel) -> dict[str, float]:
+    """Likewise the numbers of the quantizer behind it."""
+    lo, hi = kernel.lo, max(kernel.value, 1.0) if kernel.kind == "tanh" else kernel.hi
+    if kernel.kind == "fourier":
+        lo, hi = 2 * (kernel.steps + 1), 4 * kernel.value / math.pi
+    below = _above(kernel.value) if kernel.closed else kernel.value
+    numbers = {"qstep": kernel.value, "qlo": lo, "qhi": hi, "qzero": kernel.zero, "qbelow": below}
+    return {"kind": KINDS[kernel.kind], **numbers}
 
 
 def dense(x: Tensor) -> torch.memory_format | None:
@@ -67,6 +82,11 @@ def takes(x: Tensor) -> bool:
     return known and dense(x) is not None
 
 
+def _channels(x: Tensor) -> tuple[int, int]:
+    """(channels, how many values of one channel lie next to each other)."""
+    return x.shape[1], 1 if dense(x) is torch.channels_last else x.shape[2:].numel()
+
+
 def _like(g: Tensor | None, x: Tensor) -> Tensor | None:
     """A gradient laid out as `x` is."""
     if g is None:
@@ -83,29 +103,38 @@ def _pointers(args: Args, **tensors: Tensor | None) -> None:
 
 
 def _args(call: Call, x: Tensor) -> Args:
-    channels, inner = 1, 1
-    if call.norm is not None:
-        channels = x.shape[1]
-        inner = 1 if dense(x) is torch.channels_last else x.shape[2] * x.shape[3]
-    args = call.backend.args(x, channels, inner)
-    for name, value in (call.activation | call.behind).items():
+    trained = call.activation.kind == "prelu" or (call.behind.trained and call.behind.kind != "learned")
+    by_channel = call.norm is not None or trained
+    args = call.backend.args(x, *_channels(x) if by_channel else (1, 1))
+    for name, value in call.scalars.items():
         setattr(args, name, value)
     return args
 
 
-def _statistics(call: Call, args: Args, coefficients: Tensor, sums: Tensor) -> None:
+def _coefficients(call: Call, args: Args, sums: Tensor) -> Tensor:
+    """All rows that the forward pass reads: those of the batch-norm, and what is trained per channel."""
+    rows = torch.zeros(len(ROWS), args.channels)
+    _pointers(args, coefficients=rows, sums=sums)
+    rows[A] = 1.0
+    if call.norm is not None:
+        _statistics(call, call.norm, args, rows)
+    if call.activation.kind == "prelu":
+        gamma, rows[BETA], rows[ZETA] = call.activation.trained
+        rows[B] -= gamma
+    if call.behind.trained and call.behind.kind != "learned":
+        rows[SHIFT] = call.behind.trained[0]
+    return rows
+
+
+def _statistics(call: Call, bn: nn.BatchNorm2d, args: Args, rows: Tensor) -> None:
     """Fill rows a, b, mean, 1/sigma: from the batch, which also moves the running statistics, or from those."""
-    bn = call.norm
-    if bn is None:
-        coefficients[0], coefficients[1], coefficients[2] = 1.0, 0.0, 0.0
-        return
     mean, var = bn.running_mean, bn.running_var
     assert mean is not None, "batch-norm without running statistics is not fused"
     assert var is not None, "likewise"
     if not bn.training:
         inverse = torch.rsqrt(var + bn.eps)
-        a = inverse * bn.weight
-        coefficients[0], coefficients[1], coefficients[2], coefficients[3] = a, bn.bias - mean * a, mean, inverse
+        rows[A], rows[MEAN], rows[INVERSE] = inverse * bn.weight, mean, inverse
+        rows[B] = bn.bias - mean * rows[A]
         return
     args.eps, args.momentum = bn.eps, bn.momentum
     _pointers(args, weight=bn.weight, bias=bn.bias, running_mean=mean, running_var=var)
@@ -115,24 +144,28 @@ def _statistics(call: Call, args: Args, coefficients: Tensor, sums: Tensor) -> N
         bn.num_batches_tracked.add_(1)
 
 
+def _of_trained(kernel: Kernel, channels: Tensor, scalars: Tensor) -> tuple[Tensor, ...]:
+    """The gradients of what `kernel` trains."""
+    if not kernel.trained:
+        return ()
+    if kernel.kind == "clip":
+        return (scalars[0],)
+    if kernel.kind == "learned":
+        return (scalars[1] * kernel.slope,)
+    dz, _, dshift, dbeta, dzeta = channels
+    return (-dz, dbeta, dzeta) if kernel.kind == "prelu" else (-dshift,)
+
+
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        r: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        bound: Tensor | None,
-        step: Tensor | None,
-        call: Call,
+        ctx: Any, call: Call, x: Tensor, r: Tensor | None, weight: Tensor | None, bias: Tensor | None, *trained: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
         args = _args(call, x)
-        coefficients = torch.empty(ROWS, args.channels)
-        sums = torch.empty(args.chunks * 2 * (args.channels + 1), dtype=torch.float64)
+        sums = torch.empty(args.chunks * (len(SUMS) * args.channels + 2), dtype=torch.float64)
+        coefficients = _coefficients(call, args, sums)
         y, q = (torch.empty_like(x) if wanted else None for wanted in call.want)
-        _pointers(args, r=r, y=y, q=q, coefficients=coefficients, sums=sums)
-        _statistics(call, args, coefficients, sums)
+        _pointers(args, r=r, y=y, q=q)
         call.backend.run("forward_part", args)
         ctx.call = call
         ctx.save_for_backward(x, r, coefficients)
@@ -143,26 +176,24 @@ class _Fused(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         x, r, coefficients = ctx.saved_tensors
-        call, none = ctx.call, (None,) * 7
+        call = ctx.call
         gy, gq = (_like(g, x) for g in grads)
         if gy is None and gq is None:
-            return none
+            return (None,) * len(ctx.needs_input_grad)
         args = _args(call, x)
-        sums = torch.empty(args.chunks * 2 * (args.channels + 1), dtype=torch.float64)
+        sums = torch.empty(args.chunks * (len(SUMS) * args.channels + 2), dtype=torch.float64)
         dx = torch.empty_like(x)
-        dr = dx if call.norm is None else torch.empty_like(x) if r is not None else None
-        dscalars = torch.empty(2)
-        dweight, dbias = (None, None) if call.norm is None else torch.empty(2, args.channels)
+        dr = dx if r is None else torch.empty_like(x)
+        channels, scalars = torch.empty(len(SUMS), args.channels), torch.empty(2)
         _pointers(args, r=r, gy=gy, gq=gq, dx=dx, dr=dr, coefficients=coefficients, sums=sums)
-        _pointers(args, dweight=dweight, dbias=dbias, dscalars=dscalars)
+        _pointers(args, dchannels=channels, dscalars=scalars)
         call.backend.run("reduce_part", args)
         call.backend.run("reduce_end", args)
+        dbias, dweight = (None, None) if call.norm is None else channels[:2]
         if call.norm is not None:
             call.backend.run("apply_part", args)
-        need = ctx.needs_input_grad
-        dbound = dscalars[0] if need[4] else None
-        dstep = dscalars[1] * call.slope if need[5] else None
-        return dx, dr if need[1] else None, dweight, dbias, dbound, dstep, None
+        trained = [g for kernel in (call.activation, call.behind) for g in _of_trained(kernel, channels, scalars)]
+        return None, dx, None if r is None else dr, dweight, dbias, *trained
 
 
 def fused(
@@ -171,25 +202,50 @@ def fused(
     *,
     norm: nn.BatchNorm2d | None = None,
     residual: Tensor | None = None,
-    activation: Kernel | dict[str, float] | None = None,
+    activation: Kernel | None = None,
     quantizer: Kernel | None = None,
     want: tuple[bool, bool] = (True, False),
 ) -> tuple[Tensor | None, Tensor | None]:
     """y = activation(norm(x) + residual) and q = quantizer(y), each where it is wanted, else None.
 
-    `activation`: a quantizer in place of a ReLU, or the scalars of a plain one.
+    A residual needs a batch-norm.
     """
-    known = isinstance(activation, Kernel)
-    scalars = clip(activation) if isinstance(activation, Kernel) else (activation or IDENTITY)
-    call = Call(backend, scalars, {} if quantizer is None else behind(quantizer), norm, want)
-    if quantizer is not None:
-        call.slope = quantizer.slope
-    if residual is not None:
-        residual = _like(residual, x)
+    call = Call(backend, activation or IDENTITY, quantizer or NOTHING, norm, want)
     weight, bias = (None, None) if norm is None else (norm.weight, norm.bias)
-    bound = activation.trained if known else None  # type: ignore[union-attr]
-    step = None if quantizer is None else quantizer.trained
-    return _Fused.apply(x, residual, weight, bias, bound, step, call)  # type: ignore[no-any-return]
+    trained = *call.activation.trained, *call.behind.trained
+    return _Fused.apply(call, x, _like(residual, x), weight, bias, *trained)  # type: ignore[no-any-return]
+
+
+class _Moments(torch.autograd.Function):
+    """Mean and variance of each channel: those that a batch-norm with momentum 1 would keep."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, backend: Backend) -> tuple[Tensor, Tensor]:
+        args = backend.args(x, *_channels(x))
+        sums = torch.empty(args.chunks * (len(SUMS) * args.channels + 2), dtype=torch.float64)
+        rows = torch.empty(len(ROWS), args.channels)
+        one, zero = torch.ones(args.channels), torch.zeros(args.channels)
+        mean, var = torch.zeros(2, args.channels)
+        args.momentum = 1.0
+        _pointers(args, sums=sums, coefficients=rows, weight=one, bias=zero, running_mean=mean, running_var=var)
+        backend.run("stats_part", args)
+        backend.run("stats_end", args)
+        count = x.numel() // args.channels
+        ctx.backend, ctx.count = backend, count
+        ctx.save_for_backward(x, mean)
+        return mean, var * ((count - 1) / count)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (x, mean), (dmean, dvar) = ctx.saved_tensors, grads
+        args, rows = ctx.backend.args(x, *_channels(x)), torch.zeros(len(ROWS), len(mean))
+        rows[KX] = 2 / ctx.count * dvar
+        rows[K1] = dmean / ctx.count - rows[KX] * mean
+        dx = torch.empty_like(x)
+        _pointers(args, coefficients=rows, dx=dx, dr=x)
+        ctx.backend.run("apply_part", args)
+        return dx, None
 
 
 class Fast:
@@ -202,11 +258,15 @@ class Fast:
         """Whether `x` can be given to `quantize`."""
         return takes(x)
 
+    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(mean, variance without correction) of each channel of `x`, [N, C, ...], in float32."""
+        return _Moments.apply(x, self.backend)  # type: ignore[no-any-return]
+
     def quantize(self, x: Tensor, kernel: Kernel) -> Tensor:
         """What the quantizer that `kernel` describes makes of `x`."""
-        if kernel.kind == "clip":
-            y = fused(self.backend, x, activation=kernel)[0]
-        else:
+        if kernel.kind in KINDS:
             y = fused(self.backend, x, quantizer=kernel, want=(False, True))[1]
+        else:
+            y = fused(self.backend, x, activation=kernel)[0]
         assert y is not None, "it was wanted"
         return y

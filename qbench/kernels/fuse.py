@@ -5,6 +5,7 @@ off, or replaces, counts; whatever the kernels do not know runs as it stands in 
 and plain sequences are looked into: their forward passes do not depend on anything but their modules.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,13 +13,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from qbench import quantizer
-from qbench.kernels.functions import fused, relu, takes
+from qbench.kernels.backend import KINDS
+from qbench.kernels.functions import fused, takes
 from qbench.layers import QuantLayer
 from qbench.models.parts import Add
-from qbench.quantizer import Kernel, Quantizer
+from qbench.quantizer import Kernel
 
-Activation = nn.ReLU | nn.ReLU6 | Quantizer
-BEHIND = ("learned", "sign")  # kinds of input quantizers that the kernel can put behind an activation
+RELUS = {nn.ReLU: Kernel("relu", math.inf), nn.ReLU6: Kernel("relu", 6.0)}
 
 
 class _Tracer(fx.Tracer):
@@ -43,18 +44,14 @@ class _Norm(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
         bn, add, act, layer = self.held
         behind = None if layer is None else layer.input_quantizer
-        known, activation, second = _known(bn, act, behind, x)
-        if known and takes(x):
-            want = (self.want_y or (behind is not None and second is None), second is not None)
-            y, q = fused(
-                quantizer.fast.backend,
-                x,
-                norm=bn,
-                residual=residual,
-                activation=activation,
-                quantizer=second,
-                want=want,
-            )
+        kernel = _kernel(act, x)
+        if takes(x) and _known(bn, x) and (act is None or kernel is not None):
+            own = kernel is not None and kernel.kind in KINDS  # what stands in place of the ReLU is all there is
+            second = kernel if own else _kernel(behind, x)
+            want = (not own and (self.want_y or (behind is not None and second is None)), second is not None)
+            fast, first = quantizer.fast.backend, None if own else kernel
+            y, q = fused(fast, x, norm=bn, residual=residual, activation=first, quantizer=second, want=want)
+            y, q = (q, None) if own else (y, q)
         else:
             y, q = bn(x), None
             y = y if add is None else add(y, residual)
@@ -64,20 +61,20 @@ class _Norm(nn.Module):
         return (y if self.want_y else None), q
 
 
-def _known(bn: nn.BatchNorm2d, act: nn.Module | None, behind: Quantizer | None, x: Tensor) -> tuple[bool, Any, Any]:
-    """(whether the kernel can do it, the activation as it takes it, likewise the quantizer behind it)."""
-    activation: Kernel | dict[str, float] | None = None
-    second = behind.kernel(x.shape) if behind is not None and behind.enabled else None
-    second = second if second is not None and second.kind in BEHIND else None
-    if isinstance(act, Quantizer):
-        activation = act.kernel(x.shape) if act.enabled else None
-        second = None  # a quantized activation has nothing more behind it: the layer's own quantizer then runs alone
-        if activation is None or activation.kind != "clip":
-            return False, None, None
-    elif act is not None:
-        activation = relu(6.0 if isinstance(act, nn.ReLU6) else float("inf"))
-    known = bn.training or not (torch.is_grad_enabled() and x.requires_grad)
-    return known and bn.momentum is not None, activation, second
+def _kernel(module: nn.Module | None, x: Tensor) -> Kernel | None:
+    """What an activation or a quantizer does, where the kernels can do it now."""
+    if module is None or not getattr(module, "enabled", True) or getattr(module, "watches", False):
+        return None
+    return RELUS[type(module)] if type(module) in RELUS else module.kernel(x.shape)  # type: ignore[operator, index, no-any-return]
+
+
+def _known(bn: nn.BatchNorm2d, x: Tensor) -> bool:
+    """Whether the kernels do what the batch-norm does now: with running statistics there is no backward pass."""
+    return (bn.training or not (torch.is_grad_enabled() and x.requires_grad)) and bn.momentum is not None
+
+
+def _is_activation(module: nn.Module | None) -> bool:
+    return type(module) in RELUS or callable(getattr(module, "kernel", None))
 
 
 def _fusable(module: nn.Module) -> bool:
@@ -88,7 +85,7 @@ def _takes_quantized(layer: nn.Module) -> bool:
     return (
         isinstance(layer, QuantLayer)
         and layer.input_quantizer is not None
-        and type(layer).forward is QuantLayer.forward
+        and (type(layer).forward is QuantLayer.forward or layer.sees_both)
     )
 
 
@@ -140,30 +137,34 @@ def _fuse(model: nn.Module, graph: fx.Graph) -> dict[str, nn.Module]:
     def module(node: fx.Node) -> nn.Module | None:
         return modules.get(str(node.target)) if node.op == "call_module" else None
 
-    def follower(node: fx.Node, *kinds: type) -> fx.Node | None:
-        """The only user of `node`, if it is a module of these kinds."""
+    def follower(node: fx.Node, wanted: Callable[[nn.Module | None], bool]) -> fx.Node | None:
+        """The only user of `node`, if it is such a module."""
         user = next(iter(node.users)) if len(node.users) == 1 else None
-        return user if user is not None and isinstance(module(user), kinds) else None
+        return user if user is not None and wanted(module(user)) else None
 
+    for node in list(graph.nodes):
+        if type(module(node)) is nn.Identity:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
     new: dict[str, nn.Module] = {}
     for node in list(graph.nodes):
         bn = module(node)
         if bn is None or not _fusable(bn) or (node.op, len(node.kwargs)) != ("call_module", 0):
             continue
         chain, residual = [node], None
-        add = follower(node, Add)
+        add = follower(node, lambda m: isinstance(m, Add))
         if add is not None:
             residual = next((a for a in add.args if a is not node), None)
             if residual is None:  # x + x
                 add = None
             else:
                 chain.append(add)
-        act = follower(chain[-1], nn.ReLU, nn.ReLU6, Quantizer)
+        act = follower(chain[-1], _is_activation)
         if act is not None:
             chain.append(act)
         last = chain[-1]
         quantized = [u for u in last.users if _takes_quantized(module(u)) and u.args == (last,)][:1]  # type: ignore[arg-type]
-        want_y = len(last.users) > len(quantized)
+        want_y = len(last.users) > len(quantized) or any(module(u).sees_both for u in quantized)  # type: ignore[union-attr]
         name = f"fused_{len(new)}"
         new[name] = _Norm(
             bn,  # type: ignore[arg-type]
@@ -172,21 +173,21 @@ def _fuse(model: nn.Module, graph: fx.Graph) -> dict[str, nn.Module]:
             module(quantized[0]) if quantized else None,  # type: ignore[arg-type]
             want_y,
         )
-        _rewire(graph, chain, residual, name, quantized)
+        _rewire(graph, chain, residual, name, {u: module(u).sees_both for u in quantized})  # type: ignore[union-attr, misc]
     graph.lint()
     return new
 
 
-def _rewire(graph: fx.Graph, chain: list[fx.Node], residual: Any, name: str, quantized: list[fx.Node]) -> None:
-    """Put the module `name` in place of `chain`; its second output goes to the layer in `quantized`."""
+def _rewire(graph: fx.Graph, chain: list[fx.Node], residual: Any, name: str, quantized: dict[fx.Node, bool]) -> None:
+    """Put the module `name` in place of `chain`; its second output goes to the layer in `quantized`, or both do."""
     last = chain[-1]
     with graph.inserting_after(last):
         both = graph.call_module(name, (chain[0].args[0], *([] if residual is None else [residual])))
     with graph.inserting_after(both):
         y = graph.call_function(_first, (both,))
         q = graph.call_function(_second, (both,))
-    for user in quantized:
-        user.args, user.kwargs = (q,), {"quantized": True}
+    for user, both_outputs in quantized.items():
+        user.args, user.kwargs = (q,), {"quantized": True, **({"before": y} if both_outputs else {})}
     last.replace_all_uses_with(y)
     for node in reversed(chain):
         graph.erase_node(node)

@@ -1,21 +1,24 @@
-// Batch-norm, a residual sum, an activation and the quantizers behind it, in as few passes over memory as there can be.
+// Batch-norm, a residual sum, an activation and the quantizer behind it, in as few passes over memory as there can be.
 //
 //   z = a x + b (+ r)                        a, b per channel; a = 1, b = 0 where there is no batch-norm
-//   y = clip(z, lo, hi), then on equal steps where the activation is quantized
-//   q = what the next layer's input quantizer makes of y: LSQ, a sign, or an affine grid
+//   y = activation(z)                        a clip, a clip on equal steps, or a PReLU per channel
+//   q = what the next layer's input quantizer makes of y: LSQ, an affine grid, or a sign with one of several slopes
 //
-// The backward pass computes z, y and the masks again from x (and r): nothing but the inputs is kept. Every function
-// takes one block of 64-bit words (the order is in backend.py), so that any thread pool can call it: pointers and sizes
-// as integers, scalars as doubles. Sums are taken per chunk of memory and added in the order of the chunks, so that the
-// result depends neither on the number of threads nor on which of them was first. No instruction set is assumed.
+// The backward pass computes z, y and the masks again from x (and r): nothing but the inputs is kept. One loop does all of
+// it, for each activation and each quantizer its own; what is not there (no residual, a gradient of an output that nobody
+// read) is a block of zeros, and what nobody wants goes to a block that is thrown away. Every function takes one block of
+// 64-bit words (the order is in backend.py), so that any thread pool can call it: pointers and sizes as integers, scalars
+// as doubles. Sums are taken per chunk of memory and added in the order of the chunks, so that the result depends neither
+// on the number of threads nor on which of them was first. No instruction set is assumed.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
-#include <type_traits>
 #include <vector>
+
+#define INLINE __attribute__((always_inline)) inline  // a call in a loop would keep it from being made of vectors
 
 namespace {
 
@@ -23,25 +26,59 @@ constexpr int64_t SHORTEST = 512;  // per-channel coefficients are repeated to a
 
 using Bf16 = uint16_t;
 
-inline float get(const float* p, int64_t i) { return p[i]; }
-inline float get(const Bf16* p, int64_t i) {
-  uint32_t bits = uint32_t(p[i]) << 16;
+// What backend.py packs, word by word.
+struct Args {
+  int (*thread)();
+  int (*threads)();
+  int64_t bf16, n, channels, inner, chunks, activation, kind, norm;
+  const void *x, *r, *gy, *gq;
+  void *y, *q, *dx, *dr;
+  double* sums;                                          // [chunks, SUMS, channels], then [chunks, 2]
+  float *coefficients;                                   // rows of `channels`: see Row
+  const float *weight, *bias;
+  float *running_mean, *running_var, *dchannels, *dscalars;
+  double eps, momentum;
+  double lo, hi, from, below, times, step;               // a clip is open where from <= z < below
+  double qstep, qlo, qhi, qzero, qbelow;                 // the quantizer behind it
+};
+enum Row { A, B, MEAN, INVERSE, KG, KX, K1, BETA, ZETA, SHIFT };
+enum Sum { DZ, DZX, DSHIFT, DBETA, DZETA, SUMS, CLIPS = SUMS, STEPS, LANES };  // the last two are of the whole tensor
+enum Activation { CLIP, ROUND, PRELU };
+enum Kind { NONE, LEARNED, GRID, SIGN, POLYNOMIAL, TANH, FOURIER };
+
+struct Span { int64_t begin, end; };
+inline Span share(int64_t count, int64_t part, int64_t parts) { return {count * part / parts, count * (part + 1) / parts}; }
+inline Span mine(const Args& o) { return share(o.chunks, o.thread(), o.threads()); }
+
+// f(j) for j < m, none of which depends on another.
+template <class F>
+inline void each(int64_t m, F f) {
+  #pragma omp simd
+  for (int64_t j = 0; j < m; j++) f(j);
+}
+
+inline float real(uint32_t bits) {
   float x;
   std::memcpy(&x, &bits, 4);
   return x;
 }
-inline void put(float* p, int64_t i, float x) { p[i] = x; }
-inline void put(Bf16* p, int64_t i, float x) {
+inline uint32_t rounded(float x) {  // its bits as bf16 has them, the rest 0
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
-  uint32_t even = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  p[i] = Bf16(x == x ? even : 0x7fc0u);
+  uint32_t even = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
+  return (bits & 0x7fffffffu) <= 0x7f800000u ? even : 0x7fc00000u;
 }
-inline float stored(const float*, float x) { return x; }
-inline float stored(const Bf16*, float x) {  // as it is once it lies in memory
-  Bf16 b;
-  put(&b, 0, x);
-  return get(&b, 0);
+inline float get(const float* p, int64_t i) { return p[i]; }
+inline float get(const Bf16* p, int64_t i) { return real(uint32_t(p[i]) << 16); }
+inline void put(float* p, int64_t i, float x) { p[i] = x; }
+inline void put(Bf16* p, int64_t i, float x) { p[i] = Bf16(rounded(x) >> 16); }
+inline float stored(const float*, float x) { return x; }  // as it is once it lies in memory
+inline float stored(const Bf16*, float x) { return real(rounded(x)); }
+inline void keep(float* p, int64_t i, float x) { p[i] = x; }  // a value that needs no rounding
+inline void keep(Bf16* p, int64_t i, float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  p[i] = Bf16(bits >> 16);
 }
 
 // Half to even, for |x| < 2^22; unlike rint it needs no instruction of its own.
@@ -53,52 +90,54 @@ inline float clip(float x, float lo, float hi) {  // a NaN stays one
   x = x < lo ? lo : x;
   return x > hi ? hi : x;
 }
-
-// What backend.py packs, word by word.
-struct Args {
-  int (*thread)();
-  int (*threads)();
-  int64_t bf16, n, channels, inner, chunks, rounds, kind, unused;
-  const void *x, *r, *gy, *gq;
-  void *y, *q, *dx, *dr;
-  double* sums;                                          // [chunks, 2, channels], then [chunks, 2]
-  float *coefficients;                                   // rows of `channels`: see A, B, ...
-  const float *weight, *bias;
-  float *running_mean, *running_var, *dweight, *dbias, *dscalars;
-  double eps, momentum;
-  double lo, hi, from, below, times, step;               // the activation; it is open where from <= z < below
-  double qstep, qlo, qhi, qzero, qbelow;                 // the quantizer behind it
-};
-enum Row { A, B, MEAN, INVERSE, KG, KX, K1 };            // rows of the coefficients
-enum Kind { NONE, LEARNED, SIGN, GRID };
-
-struct Span { int64_t begin, end; };
-inline Span share(int64_t count, int64_t part, int64_t parts) { return {count * part / parts, count * (part + 1) / parts}; }
-inline Span mine(const Args& o) {
-  return share(o.chunks, o.thread(), o.threads());
+inline float exponential(float x) {  // for x <= 0, to two units of the last place; below e^-87 it stays there
+  x = x < -87.f ? -87.f : x;
+  const float k = round_even(x * 1.44269504f), f = (x - k * 0.693145752f) - k * 1.42860677e-6f;
+  float p = 1.f / 720;
+  for (float c : {1.f / 120, 1.f / 24, 1.f / 6, .5f, 1.f, 1.f}) p = p * f + c;
+  return p * real(uint32_t(int32_t(k) + 127) << 23);
 }
+
+INLINE float sine(float x) {  // for |x| of at most some hundred
+  const float k = round_even(x * 0.318309886f), odd = std::fabs(k - 2.f * round_even(.5f * k));
+  const float r = ((x - k * 3.140625f) - k * 9.67502594e-4f) - k * 1.50995799e-7f, s = r * r;
+  const float p = ((2.60831598e-6f * s - 1.98106907e-4f) * s + 8.33307859e-3f) * s - .166666597f;
+  return (r + r * s * p) * (1.f - 2.f * odd);
+}
+
+// Rows of floats, each on a cache line of its own and none a multiple of a page behind another.
+struct Rows {
+  const int64_t stride;
+  std::vector<float> memory;
+  float* first;
+  Rows(int64_t count, int64_t period) : stride((period + 31) / 16 * 16), memory(count * stride + 16) {
+    first = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64 / sizeof(float);
+  }
+  Rows(const Rows&) = delete;
+  float* operator[](int64_t i) const { return first + i * stride; }
+};
 
 // Per-channel rows laid out as memory is: channels last, a row repeated; channels first, one value per plane.
 struct Table {
-  int64_t channels, period;
-  std::vector<std::vector<float>> rows;
-
-  Table(const Args& o, std::initializer_list<int> which) : channels(o.channels), rows(which.size()) {
-    period = o.inner > 1 ? SHORTEST : channels * ((SHORTEST + channels - 1) / channels);
-    size_t i = 0;
-    for (int w : which) {
-      auto& row = rows[i++];
-      row.resize(period);
-      if (o.inner == 1)
-        for (int64_t j = 0; j < period; j += channels)
-          std::copy_n(o.coefficients + w * channels, channels, row.data() + j);
-    }
-    this->which.assign(which);
-  }
-  void set(const Args& o, int64_t channel) {
-    for (size_t i = 0; i < rows.size(); i++) rows[i].assign(period, o.coefficients[which[i] * channels + channel]);
-  }
+  const Args& o;
+  const int64_t period;
   std::vector<int> which;
+  Rows rows;
+
+  static int64_t length(const Args& o) {
+    return o.inner > 1 ? SHORTEST : o.channels * ((SHORTEST + o.channels - 1) / o.channels);
+  }
+  Table(const Args& o, std::initializer_list<int> wanted)
+      : o(o), period(length(o)), which(wanted), rows(SHIFT + 1, period) {
+    for (int w : which)
+      for (int64_t j = 0; j < period && o.inner == 1; j += o.channels)
+        std::copy_n(o.coefficients + w * o.channels, o.channels, rows[w] + j);
+  }
+  void enter(int64_t channel) {
+    if (channel >= 0)
+      for (int w : which) std::fill_n(rows[w], period, o.coefficients[w * o.channels + channel]);
+  }
+  const float* operator[](int w) const { return rows[w]; }
 };
 
 // Calls f(offset, length, channel) for the stretches of one chunk; each starts at channel 0 (channels last) or lies in one.
@@ -114,61 +153,45 @@ void walk(const Args& o, int64_t chunk, F f) {
   }
 }
 
-// Sums by channel over one chunk: lanes of float, added up in double where a stretch ends.
-struct Lanes {
-  std::vector<float> lane;
-  explicit Lanes(int64_t period) : lane(period) {}
-  void clear() { std::fill(lane.begin(), lane.end(), 0.f); }
-  void add(double* out, int64_t channels, int64_t channel) {
-    const int64_t period = int64_t(lane.size());
-    if (channel >= 0)
-      for (float x : lane) out[channel] += x;
+// Sums over one chunk: lanes of float, added up in double by channel where a stretch ends.
+void collect(float* lane, int64_t period, double* out, int64_t channels, int64_t channel) {
+  for (int64_t j = 0; j < period; j += channel >= 0 ? 1 : channels) {
+    if (channel >= 0) out[channel] += lane[j];
     else
-      for (int64_t j = 0; j < period; j += channels)
-        for (int64_t c = 0; c < channels; c++) out[c] += lane[j + c];
-    clear();
+      for (int64_t c = 0; c < channels; c++) out[c] += lane[j + c];
   }
-};
+  std::fill_n(lane, period, 0.f);
+}
 
 template <class T>
 void stats(const Args& o) {
-  const T* x = static_cast<const T*>(o.x);
-  Table none(o, {});
-  const int64_t period = none.period, channels = o.channels;
-  Lanes lanes(period);
-  std::vector<float> mean(period);
+  const int64_t period = Table::length(o), channels = o.channels;
+  Rows rows(2, period);
+  float *lane = rows[0], *mean = rows[1];
   Span span = mine(o);
   for (int64_t k = span.begin; k < span.end; k++) {
-    double *sum = o.sums + k * 2 * channels, *square = sum + channels;
+    double *sum = o.sums + k * SUMS * channels, *square = sum + channels;
     std::fill(sum, sum + 2 * channels, 0.0);
     int64_t count = 0;
-    float* __restrict lane = lanes.lane.data();
+    auto pass = [&](int64_t at, int64_t length, auto f) {
+      for (int64_t i = 0; i < length; i += period) {
+        const int64_t m = std::min(period, length - i);
+        const T* p = static_cast<const T*>(o.x) + at + i;
+        each(m, [=](int64_t j) { lane[j] += f(get(p, j), j); });
+      }
+    };
     walk(o, k, [&](int64_t at, int64_t length, int64_t channel) {
       if (channel <= 0) count += channel < 0 ? length / channels : length;
-      for (int64_t i = 0; i < length; i += period) {
-        const T* p = x + at + i;
-        int64_t m = std::min(period, length - i);
-        #pragma omp simd
-        for (int64_t j = 0; j < m; j++) lane[j] += get(p, j);
-      }
-      lanes.add(sum, channels, channel);
+      pass(at, length, [](float x, int64_t) { return x; });
+      collect(lane, period, sum, channels, channel);
     });
     if (count == 0) continue;
     for (int64_t j = 0; j < period && o.inner == 1; j += channels)
       for (int64_t c = 0; c < channels; c++) mean[j + c] = float(sum[c] / count);
     walk(o, k, [&](int64_t at, int64_t length, int64_t channel) {
-      if (channel >= 0) mean.assign(period, float(sum[channel] / count));
-      const float* __restrict m0 = mean.data();
-      for (int64_t i = 0; i < length; i += period) {
-        const T* p = x + at + i;
-        int64_t m = std::min(period, length - i);
-        #pragma omp simd
-        for (int64_t j = 0; j < m; j++) {
-          float d = get(p, j) - m0[j];
-          lane[j] += d * d;
-        }
-      }
-      lanes.add(square, channels, channel);
+      if (channel >= 0) std::fill_n(mean, period, float(sum[channel] / count));
+      pass(at, length, [=](float x, int64_t j) { return (x - mean[j]) * (x - mean[j]); });
+      collect(lane, period, square, channels, channel);
     });
     for (int64_t c = 0; c < channels; c++) {  // about the mean as float has it -> about the mean
       double shift = sum[c] / count - float(sum[c] / count);
@@ -179,9 +202,8 @@ void stats(const Args& o) {
 
 // Rows in the n-th chunk.
 inline int64_t rows_in(const Args& o, int64_t k) {
-  int64_t per = o.inner == 1 ? 1 : o.inner;
-  Span s = share(o.n / (o.channels * per), k, o.chunks);
-  return (s.end - s.begin) * per;
+  Span s = share(o.n / (o.channels * o.inner), k, o.chunks);
+  return (s.end - s.begin) * o.inner;
 }
 
 void finish_stats(const Args& o) {
@@ -189,10 +211,10 @@ void finish_stats(const Args& o) {
   const double count = double(o.n / channels);
   std::vector<double> mean(channels), square(channels);
   for (int64_t k = 0; k < o.chunks; k++)
-    for (int64_t c = 0; c < channels; c++) mean[c] += o.sums[k * 2 * channels + c];
+    for (int64_t c = 0; c < channels; c++) mean[c] += o.sums[k * SUMS * channels + c];
   for (int64_t c = 0; c < channels; c++) mean[c] /= count;
   for (int64_t k = 0; k < o.chunks; k++) {
-    const double rows = double(rows_in(o, k)), *sum = o.sums + k * 2 * channels;
+    const double rows = double(rows_in(o, k)), *sum = o.sums + k * SUMS * channels;
     if (rows == 0) continue;
     for (int64_t c = 0; c < channels; c++) {
       double d = sum[c] / rows - mean[c];
@@ -211,268 +233,198 @@ void finish_stats(const Args& o) {
   }
 }
 
-// The quantizer behind the activation: its value, where it is open, and what its step's gradient is multiplied by.
-struct Behind {
-  float step, lo, hi, zero, below;
-  explicit Behind(const Args& o)
-      : step(float(o.qstep)), lo(float(o.qlo)), hi(float(o.qhi)), zero(float(o.qzero)), below(float(o.qbelow)) {}
-  template <int kind>
-  float value(float y) const {
-    if (kind == LEARNED) return round_even(clip(y / step, lo, hi)) * step;
-    if (kind == SIGN) return y < 0.f ? -1.f : y >= 0.f ? 1.f : y;
-    if (kind == GRID) return (clip(round_even(clip(y / step, -4e6f, 4e6f)) + zero, lo, hi) - zero) * step;
-    return y;
-  }
-  template <int kind>
-  float open(float y) const {
-    if (kind == LEARNED) {
-      float v = y / step;
-      return (v > lo) & (v < hi) ? 1.f : 0.f;
-    }
-    if (kind == SIGN) return std::fabs(y) < below ? 1.f : 0.f;
-    if (kind == GRID) {
-      float code = round_even(clip(y / step, -4e6f, 4e6f)) + zero;
-      return (code >= lo) & (code <= hi) ? 1.f : 0.f;
-    }
-    return 1.f;
-  }
-  float slope(float y) const {  // of LEARNED
-    float v = y / step, c = clip(v, lo, hi);
-    return round_even(c) - ((v > lo) & (v < hi) ? v : 0.f);
-  }
-};
-
-struct Activation {
-  float lo, hi, from, below, times, step;
-  explicit Activation(const Args& o)
+// What becomes of one value: by the activation, and by the quantizer behind it. Rows are indexed by j.
+template <int activation, int kind>
+struct Point {
+  float lo, hi, from, below, times, step, qstep, qlo, qhi, qzero, qbelow;
+  const float *a, *b, *mean, *beta, *zeta, *shift;
+  Point(const Args& o, const Table& rows)
       : lo(float(o.lo)), hi(float(o.hi)), from(float(o.from)), below(float(o.below)), times(float(o.times)),
-        step(float(o.step)) {}
-  template <bool rounds>
-  float value(float z) const {
-    float y = clip(z, lo, hi);
-    return rounds ? round_even(y * times) * step : y;
+        step(float(o.step)), qstep(float(o.qstep)), qlo(float(o.qlo)), qhi(float(o.qhi)), qzero(float(o.qzero)),
+        qbelow(float(o.qbelow)), a(rows[A]), b(rows[B]), mean(rows[MEAN]), beta(rows[BETA]), zeta(rows[ZETA]),
+        shift(rows[SHIFT]) {}
+
+  float y(float z, int64_t j) const {
+    if (activation == PRELU) return (z > 0 ? z : beta[j] * z) + zeta[j];
+    return activation == ROUND ? round_even(clip(z, lo, hi) * times) * step : clip(z, lo, hi);
+  }
+  float code(float y) const { return round_even(clip(y / qstep, -4e6f, 4e6f)) + qzero; }
+  float q(float y, int64_t j) const {
+    if (kind == LEARNED) return round_even(clip(y / qstep, qlo, qhi)) * qstep;
+    if (kind == GRID) return (clip(code(y), qlo, qhi) - qzero) * qstep;
+    float v = y - shift[j];
+    return v < 0.f ? -1.f : v >= 0.f ? 1.f : v;
+  }
+  INLINE float slope(float y, int64_t j) const {  // dq / dy
+    if (kind == LEARNED) return (y / qstep > qlo) & (y / qstep < qhi) ? 1.f : 0.f;
+    if (kind == GRID) return (code(y) >= qlo) & (code(y) <= qhi) ? 1.f : 0.f;
+    float v = std::fabs(y - shift[j]);
+    if (kind == SIGN) return v < qbelow ? 1.f : 0.f;
+    if (kind == POLYNOMIAL) return v < 1.f ? 2.f - 2.f * v : 0.f;
+    if (kind == FOURIER) {  // a sum of cosines; where its closed form is 0 / 0, each of them is 1 or each -1
+      float u = clip(qstep * v, 0.f, 4.f), bottom = sine(u), flat = std::fabs(bottom) < 1e-4f ? 1.f : 0.f;
+      float sum = (1.f - flat) * sine(qlo * u) / (2.f * bottom + flat) + flat * (u < 1.f ? .5f : -.5f) * qlo;
+      return qhi * sum * (u < 3.14159265f ? 1.f : 0.f);
+    }
+    float e = exponential(-2.f * qstep * v), one = 1.f + e;  // 1 - tanh^2 = 4 e / (1 + e)^2
+    return qhi * 4.f * e / (one * one);
+  }
+  float step_slope(float y) const {  // of LEARNED
+    float v = y / qstep;
+    return round_even(clip(v, qlo, qhi)) - ((v > qlo) & (v < qhi) ? v : 0.f);
   }
 };
 
-template <class T, bool rounds, int kind, bool residual>
+// Where a block begins; where there is no tensor, `instead`.
+template <class T>
+const T* at(const void* p, int64_t i, const float* instead) {
+  return p ? static_cast<const T*>(p) + i : reinterpret_cast<const T*>(instead);
+}
+template <class T>
+T* at(void* p, int64_t i, float* instead) { return p ? static_cast<T*>(p) + i : reinterpret_cast<T*>(instead); }
+
+template <class T, int activation, int kind>
 void forward(const Args& o) {
-  const T *x = static_cast<const T*>(o.x), *r = static_cast<const T*>(o.r);
-  T *y = static_cast<T*>(o.y), *q = static_cast<T*>(o.q);
-  const Activation act(o);
-  const Behind behind(o);
-  Table table(o, {A, B});
+  Table rows(o, {A, B, BETA, ZETA, SHIFT});
+  Rows spare(2, rows.period);
+  const Point<activation, kind> point(o, rows);
   Span span = mine(o);
-  for (int64_t k = span.begin; k < span.end; k++)
-    walk(o, k, [&](int64_t at, int64_t length, int64_t channel) {
-      if (channel >= 0) table.set(o, channel);
-      const float *__restrict a = table.rows[0].data(), *__restrict b = table.rows[1].data();
-      for (int64_t i = 0; i < length; i += table.period) {
-        const int64_t s = at + i, m = std::min(table.period, length - i);
-        const T *__restrict px = x + s, *__restrict pr = residual ? r + s : nullptr;
-        auto point = [&](int64_t j) {
-          float z = a[j] * get(px, j) + b[j];
-          if (residual) z += get(pr, j);
-          return act.template value<rounds>(z);
-        };
-        if constexpr (kind == NONE) {
-          T* __restrict py = y + s;
-          #pragma omp simd
-          for (int64_t j = 0; j < m; j++) put(py, j, point(j));
-        } else if (kind == GRID || !y) {
-          T* __restrict pq = q + s;
-          #pragma omp simd
-          for (int64_t j = 0; j < m; j++) put(pq, j, behind.template value<kind>(stored(px, point(j))));
-        } else {
-          T *__restrict py = y + s, *__restrict pq = q + s;
-          #pragma omp simd
-          for (int64_t j = 0; j < m; j++) {
-            float v = stored(px, point(j));
-            put(py, j, v);
-            put(pq, j, behind.template value<kind>(v));
-          }
-        }
+  for (int64_t k = span.end; k-- > span.begin;)  // backwards: what `stats` has read last is still near
+    walk(o, k, [&](int64_t begin, int64_t length, int64_t channel) {
+      rows.enter(channel);
+      for (int64_t s = begin; s < begin + length; s += rows.period) {
+        const T *x = at<T>(o.x, s, spare[0]), *r = at<T>(o.r, s, spare[0]);
+        T *y = at<T>(o.y, s, spare[1]), *q = at<T>(o.q, s, spare[1]);
+        each(std::min(rows.period, begin + length - s), [=](int64_t j) {
+          float v = point.y(point.a[j] * get(x, j) + point.b[j] + get(r, j), j);
+          if (kind == NONE) return put(y, j, v);
+          v = stored(x, v);
+          keep(y, j, v);
+          kind == SIGN ? keep(q, j, point.q(v, j)) : put(q, j, point.q(v, j));
+        });
       }
     });
 }
 
-// The gradient that reaches z; sums of it, of it times x - mean, of what goes to the clip and to the step.
-template <class T, bool rounds, int kind, bool residual>
+// The gradient that reaches z, written to dr; sums of it, of it times x - mean, and those for what is trained.
+template <class T, int activation, int kind>
 void reduce(const Args& o) {
-  const T *x = static_cast<const T*>(o.x), *r = static_cast<const T*>(o.r);
-  const T *gy = static_cast<const T*>(o.gy), *gq = static_cast<const T*>(o.gq);
-  T* dr = static_cast<T*>(o.dr);
-  const Activation act(o);
-  const Behind behind(o);
-  Table table(o, {A, B, MEAN});
-  const int64_t period = table.period, channels = o.channels;
-  Lanes first(period), second(period), clips(period), steps(period);
-  double* scalars = o.sums + o.chunks * 2 * channels;
+  Table rows(o, {A, B, MEAN, BETA, ZETA, SHIFT});
+  Rows zeros(1, rows.period), lanes(LANES, rows.period);
+  const Point<activation, kind> point(o, rows);
+  float *dz = lanes[DZ], *dzx = lanes[DZX], *dshift = lanes[DSHIFT], *dbeta = lanes[DBETA], *dzeta = lanes[DZETA];
+  float *clips = lanes[CLIPS], *steps = lanes[STEPS];
+  const int64_t channels = o.channels;
   Span span = mine(o);
   for (int64_t k = span.begin; k < span.end; k++) {
-    double *sum = o.sums + k * 2 * channels, *product = sum + channels;
-    std::fill(sum, sum + 2 * channels, 0.0);
-    scalars[2 * k] = scalars[2 * k + 1] = 0;
-    walk(o, k, [&](int64_t at, int64_t length, int64_t channel) {
-      if (channel >= 0) table.set(o, channel);
-      const float *__restrict a = table.rows[0].data(), *__restrict b = table.rows[1].data();
-      const float* __restrict mean = table.rows[2].data();
-      float *__restrict s1 = first.lane.data(), *__restrict s2 = second.lane.data();
-      float *__restrict s3 = clips.lane.data(), *__restrict s4 = steps.lane.data();
-      auto pass = [&](auto has_y, auto has_q, auto keep) {
-        for (int64_t i = 0; i < length; i += period) {
-          const int64_t s = at + i, m = std::min(period, length - i);
-          const T *__restrict px = x + s, *__restrict pr = residual ? r + s : nullptr;
-          const T *__restrict py = has_y ? gy + s : nullptr, *__restrict pq = has_q ? gq + s : nullptr;
-          T* __restrict out = keep ? dr + s : nullptr;
-          #pragma omp simd
-          for (int64_t j = 0; j < m; j++) {
-            float value = get(px, j), z = a[j] * value + b[j], g = 0.f;
-            if (residual) z += get(pr, j);
-            if (has_y) g = get(py, j);
-            if (has_q) {
-              float y = stored(px, act.template value<rounds>(z)), h = get(pq, j);
-              g += h * behind.template open<kind>(y);
-              if (kind == LEARNED) s4[j] += h * behind.slope(y);
-            }
-            if (rounds) s3[j] += z >= act.below ? g : 0.f;
-            g = (z >= act.from) & (z < act.below) ? g : 0.f;
-            if (keep) put(out, j, g);
-            s1[j] += g;
-            s2[j] += g * (value - mean[j]);
+    double *sums = o.sums + k * SUMS * channels, *scalars = o.sums + o.chunks * SUMS * channels + 2 * k;
+    std::fill(sums, sums + SUMS * channels, 0.0);
+    walk(o, k, [&](int64_t begin, int64_t length, int64_t channel) {
+      rows.enter(channel);
+      for (int64_t s = begin; s < begin + length; s += rows.period) {
+        const T *x = at<T>(o.x, s, zeros[0]), *r = at<T>(o.r, s, zeros[0]);
+        const T *gy = at<T>(o.gy, s, zeros[0]), *gq = at<T>(o.gq, s, zeros[0]);
+        T* out = at<T>(o.dr, s, nullptr);
+        each(std::min(rows.period, begin + length - s), [=](int64_t j) {
+          float v = get(x, j), z = point.a[j] * v + point.b[j] + get(r, j), g = get(gy, j);
+          if (kind != NONE) {
+            float y = stored(x, point.y(z, j)), h = get(gq, j), d = h * point.slope(y, j);
+            g += d;
+            if (kind == LEARNED) steps[j] += h * point.step_slope(y);
+            if (kind >= SIGN) dshift[j] += d;
           }
-        }
-      };
-      auto yes = std::true_type(); auto no = std::false_type();
-      if constexpr (kind == NONE) {
-        dr ? pass(yes, no, yes) : pass(yes, no, no);
-      } else if constexpr (kind == GRID) {
-        pass(no, yes, yes);
-      } else {
-        if (gq && gy) dr ? pass(yes, yes, yes) : pass(yes, yes, no);
-        else if (gq) dr ? pass(no, yes, yes) : pass(no, yes, no);
-        else dr ? pass(yes, no, yes) : pass(yes, no, no);
+          if (activation == PRELU) {
+            dzeta[j] += g;
+            dbeta[j] += g * (z > 0 ? 0.f : z);
+            g *= z > 0 ? 1.f : point.beta[j];
+          } else {
+            if (activation == ROUND) clips[j] += z >= point.below ? g : 0.f;
+            g = (z >= point.from) & (z < point.below) ? g : 0.f;
+          }
+          put(out, j, g);
+          dz[j] += g;
+          dzx[j] += g * (v - point.mean[j]);
+        });
       }
-      first.add(sum, channels, channel);
-      second.add(product, channels, channel);
+      auto add = [&](int i) { collect(lanes[i], rows.period, sums + i * channels, channels, channel); };
+      add(DZ), add(DZX);
+      if (kind >= SIGN) add(DSHIFT);
+      if (activation == PRELU) add(DBETA), add(DZETA);
     });
-    for (int64_t j = 0; j < period; j++) scalars[2 * k] += clips.lane[j], scalars[2 * k + 1] += steps.lane[j];
-    clips.clear();
-    steps.clear();
+    scalars[0] = scalars[1] = 0;
+    collect(clips, rows.period, scalars, 1, 0);
+    collect(steps, rows.period, scalars + 1, 1, 0);
   }
 }
 
 void finish_reduce(const Args& o) {
   const int64_t channels = o.channels;
-  const double count = double(o.n / channels), *scalars = o.sums + o.chunks * 2 * channels;
-  std::vector<double> sum(channels), product(channels);
-  double clips = 0, steps = 0;
+  const double count = double(o.n / channels), *scalars = o.sums + o.chunks * SUMS * channels;
+  std::vector<double> total(SUMS * channels);
+  double ends[2] = {0, 0};
   for (int64_t k = 0; k < o.chunks; k++) {
-    for (int64_t c = 0; c < channels; c++) {
-      sum[c] += o.sums[k * 2 * channels + c];
-      product[c] += o.sums[(k * 2 + 1) * channels + c];
-    }
-    clips += scalars[2 * k];
-    steps += scalars[2 * k + 1];
+    for (int64_t i = 0; i < SUMS * channels; i++) total[i] += o.sums[k * SUMS * channels + i];
+    for (int i : {0, 1}) ends[i] += scalars[2 * k + i];
   }
-  o.dscalars[0] = float(clips);
-  o.dscalars[1] = float(steps);
-  if (!o.dweight) return;
-  for (int64_t c = 0; c < channels; c++) {
+  for (int i : {0, 1}) o.dscalars[i] = float(ends[i]);
+  for (int64_t c = 0; c < channels && o.norm; c++) {
     const float *f = o.coefficients + c;
     double a = f[A * channels], mean = f[MEAN * channels], inverse = f[INVERSE * channels];
-    o.dweight[c] = float(product[c] * inverse);
-    o.dbias[c] = float(sum[c]);
-    double kx = -a * inverse * inverse * product[c] / count;
+    double kx = -a * inverse * inverse * total[DZX * channels + c] / count;
     o.coefficients[KG * channels + c] = float(a);
     o.coefficients[KX * channels + c] = float(kx);
-    o.coefficients[K1 * channels + c] = float(-a * sum[c] / count - kx * mean);
+    o.coefficients[K1 * channels + c] = float(-a * total[c] / count - kx * mean);
+    total[DZX * channels + c] *= inverse;
   }
+  for (int64_t i = 0; i < SUMS * channels; i++) o.dchannels[i] = float(total[i]);
 }
 
-// dx = a (g - mean g - xhat mean(g xhat)), with g from memory where `reduce` kept it, else computed again.
-template <class T, bool rounds, int kind, bool kept>
+// dx = a (g - mean g - xhat mean(g xhat)), with g as `reduce` left it in dr (which may be dx).
+template <class T>
 void apply(const Args& o) {
-  const T *x = static_cast<const T*>(o.x), *gy = static_cast<const T*>(o.gy), *gq = static_cast<const T*>(o.gq);
-  const T* g0 = static_cast<const T*>(o.dr);
-  T* dx = static_cast<T*>(o.dx);
-  const Activation act(o);
-  const Behind behind(o);
-  Table table(o, {A, B, KG, KX, K1});
+  Table rows(o, {KG, KX, K1});
   Span span = mine(o);
-  for (int64_t k = span.begin; k < span.end; k++)
-    walk(o, k, [&](int64_t at, int64_t length, int64_t channel) {
-      if (channel >= 0) table.set(o, channel);
-      const float *__restrict a = table.rows[0].data(), *__restrict b = table.rows[1].data();
-      const float *__restrict kg = table.rows[2].data(), *__restrict kx = table.rows[3].data();
-      const float* __restrict k1 = table.rows[4].data();
-      auto pass = [&](auto has_y, auto has_q) {
-        for (int64_t i = 0; i < length; i += table.period) {
-          const int64_t s = at + i, m = std::min(table.period, length - i);
-          const T *__restrict px = x + s, *__restrict pg = kept ? g0 + s : nullptr;
-          const T *__restrict py = has_y ? gy + s : nullptr, *__restrict pq = has_q ? gq + s : nullptr;
-          T* __restrict out = dx + s;
-          #pragma omp simd
-          for (int64_t j = 0; j < m; j++) {
-            float value = get(px, j), g = 0.f;
-            if (kept) {
-              g = get(pg, j);
-            } else {
-              float z = a[j] * value + b[j];
-              if (has_y) g = get(py, j);
-              if (has_q) g += get(pq, j) * behind.template open<kind>(stored(px, act.template value<rounds>(z)));
-              g = (z >= act.from) & (z < act.below) ? g : 0.f;
-            }
-            put(out, j, kg[j] * g + kx[j] * value + k1[j]);
-          }
-        }
-      };
-      auto yes = std::true_type(); auto no = std::false_type();
-      if constexpr (kept) {
-        pass(no, no);
-      } else if constexpr (kind == NONE) {
-        pass(yes, no);
-      } else {
-        if (gq && gy) pass(yes, yes);
-        else if (gq) pass(no, yes);
-        else pass(yes, no);
+  for (int64_t k = span.end; k-- > span.begin;)
+    walk(o, k, [&](int64_t begin, int64_t length, int64_t channel) {
+      rows.enter(channel);
+      const float *kg = rows[KG], *kx = rows[KX], *k1 = rows[K1];
+      for (int64_t s = begin; s < begin + length; s += rows.period) {
+        const T *x = at<T>(o.x, s, nullptr), *g = at<T>(o.dr, s, nullptr);
+        T* dx = at<T>(o.dx, s, nullptr);
+        each(std::min(rows.period, begin + length - s),
+             [=](int64_t j) { put(dx, j, kg[j] * get(g, j) + kx[j] * get(x, j) + k1[j]); });
       }
     });
 }
 
-// Run-time choices to template arguments. An activation on a grid has no quantizer behind it, and an affine grid stands
-// alone: a quantizer that wants more takes two calls.
-template <class T, bool rounds, int kind>
-void choose(const Args& o, int what) {
-  constexpr bool alone = kind == GRID;
-  if (what == 0) o.r && !alone ? forward<T, rounds, kind, !alone>(o) : forward<T, rounds, kind, false>(o);
-  if (what == 1) o.r && !alone ? reduce<T, rounds, kind, !alone>(o) : reduce<T, rounds, kind, false>(o);
-  if constexpr (!alone)
-    if (what == 2) o.dr ? apply<T, false, NONE, true>(o) : apply<T, rounds, kind, false>(o);
-}
-template <class T>
-void choose(const Args& o, int what) {
+// Run-time choices to template arguments. The value of all signs is the same.
+template <class T, int activation>
+void choose(const Args& o, bool back) {
   switch (o.kind) {
-    case NONE: return o.rounds ? choose<T, true, NONE>(o, what) : choose<T, false, NONE>(o, what);
-    case LEARNED: return choose<T, false, LEARNED>(o, what);
-    case SIGN: return choose<T, false, SIGN>(o, what);
-    default: return choose<T, false, GRID>(o, what);
+    case NONE: return back ? reduce<T, activation, NONE>(o) : forward<T, activation, NONE>(o);
+    case LEARNED: return back ? reduce<T, activation, LEARNED>(o) : forward<T, activation, LEARNED>(o);
+    case GRID: return back ? reduce<T, activation, GRID>(o) : forward<T, activation, GRID>(o);
+    case SIGN: return back ? reduce<T, activation, SIGN>(o) : forward<T, activation, SIGN>(o);
+    case POLYNOMIAL: return back ? reduce<T, activation, POLYNOMIAL>(o) : forward<T, activation, SIGN>(o);
+    case TANH: return back ? reduce<T, activation, TANH>(o) : forward<T, activation, SIGN>(o);
+    default: return back ? reduce<T, activation, FOURIER>(o) : forward<T, activation, SIGN>(o);
   }
 }
-void choose(const void* data, int what) {
-  const Args& o = *static_cast<const Args*>(data);
-  o.bf16 ? choose<Bf16>(o, what) : choose<float>(o, what);
+template <class T>
+void choose(const Args& o, bool back) {
+  if (o.activation == ROUND) choose<T, ROUND>(o, back);
+  else o.activation == PRELU ? choose<T, PRELU>(o, back) : choose<T, CLIP>(o, back);
 }
+void choose(const Args& o, bool back) { o.bf16 ? choose<Bf16>(o, back) : choose<float>(o, back); }
+const Args& args(void* data) { return *static_cast<const Args*>(data); }
 
 }  // namespace
 
 extern "C" {
-void stats_part(void* data) {
-  const Args& o = *static_cast<const Args*>(data);
-  o.bf16 ? stats<Bf16>(o) : stats<float>(o);
-}
-void stats_end(void* data) { finish_stats(*static_cast<const Args*>(data)); }
-void forward_part(void* data) { choose(data, 0); }
-void reduce_part(void* data) { choose(data, 1); }
-void reduce_end(void* data) { finish_reduce(*static_cast<const Args*>(data)); }
-void apply_part(void* data) { choose(data, 2); }
+void stats_part(void* data) { args(data).bf16 ? stats<Bf16>(args(data)) : stats<float>(args(data)); }
+void stats_end(void* data) { finish_stats(args(data)); }
+void forward_part(void* data) { choose(args(data), false); }
+void reduce_part(void* data) { choose(args(data), true); }
+void reduce_end(void* data) { finish_reduce(args(data)); }
+void apply_part(void* data) { args(data).bf16 ? apply<Bf16>(args(data)) : apply<float>(args(data)); }
 }

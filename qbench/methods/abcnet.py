@@ -1,11 +1,12 @@
 """ABC-Net: M binary bases for weights, N shifted binary activations for inputs. Reference: arXiv 1711.11294"""
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
 
-from qbench import ops
+from qbench import ops, quantizer
 from qbench.binary import Slope
 from qbench.layers import QuantLayer
 from qbench.quantizer import Codes, Quantizer, check_bits
@@ -38,6 +39,7 @@ class BinaryBases(Quantizer):
     """
 
     idempotent = False  # the bases of a quantized weight have other thresholds
+    eager = "finds its scales by an eigendecomposition, whose success torch checks on the host"
     u: Tensor
 
     def __init__(
@@ -129,8 +131,16 @@ class BinaryActivations(Quantizer):
         return int(self.bits) + 1
 
     def quantize(self, x: Tensor) -> Tensor:
-        parts = [b * self.slope.sign(x + v - 0.5) for b, v in zip(self.beta, self.v, strict=True)]
-        return torch.stack(parts).sum(0)
+        parts = [b * self._sign(x, v) for b, v in zip(self.beta, self.v, strict=True)]
+        total: Tensor = reduce(torch.add, parts)
+        return total
+
+    def _sign(self, x: Tensor, v: Tensor) -> Tensor:
+        """A_n, by the kernel of signs with a threshold where there is one."""
+        if quantizer.fast is not None and x.dim() > 1 and quantizer.fast.takes(x):
+            shift = (0.5 - v).expand(x.shape[1])
+            return quantizer.fast.quantize(x, self.slope.kernel(shift))  # type: ignore[no-any-return]
+        return self.slope.sign(x + v - 0.5)
 
     def traces(self) -> dict[str, float]:
         named = {"v": self.v, "beta": self.beta}

@@ -1,5 +1,7 @@
 """Competitive binary nets from scratch: signs without scales, a wide straight-through window. arXiv 1812.01965"""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -38,6 +40,9 @@ class SignWeight(Quantizer):
     def quantize(self, x: Tensor) -> Tensor:
         y = self.slope.sign(x)
         return y * mean_magnitude(x.detach()) if self.scale else y
+
+    def alike(self) -> Any:
+        return self.slope.alike(), self.scale
 
     def codes(self, x: Tensor) -> Codes:
         """One plane of -1 and +1; its coefficient is 1 or mean|w|."""

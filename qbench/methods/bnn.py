@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from qbench import ops
 from qbench.binary import Sign
+from qbench.quantizer import Kernel
 
 
 class BinaryActivation(Sign):
@@ -39,6 +40,9 @@ class BinaryActivation(Sign):
         u = torch.rand(x.shape, generator=self.generator, device=x.device)
         drawn = torch.where(u < (x + 1) / 2, 1.0, -1.0)  # u in [0, 1) does the clipping
         return ops.straight_through(hat, drawn)
+
+    def kernel(self, shape: torch.Size) -> Kernel | None:
+        return None if self.stochastic and self.training else super().kernel(shape)
 
     def describe(self) -> dict[str, Any]:
         return super().describe() | {"stochastic": self.stochastic}

@@ -6,20 +6,29 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from qbench import ops
 from qbench.quantizer import Codes, Kernel, Quantizer, check_bits, check_choice
+
+
+@ops.formula
+def _bounded(x: Tensor, n: int, bound: str) -> tuple[Tensor, Tensor]:
+    """(x_hat, its gradient)."""
+    z = x.float()
+    if bound == "abs":
+        slope = z.sign().masked_fill_(z.abs() > 1, 0).to(torch.int8)
+        y = z.abs().clamp_max_(1)
+    else:
+        slope = (z >= 0) & (z <= 1)
+        y = z.clamp(0, 1)
+    return y.mul_(n).round_().div_(n).to(x.dtype), slope
 
 
 class _Bounded(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, n: int, bound: str) -> Tensor:
-        if bound == "abs":
-            slope = x.sign().masked_fill_(x.abs() > 1, 0).to(torch.int8)
-            y = x.abs().clamp_max_(1)
-        else:
-            slope = (x >= 0) & (x <= 1)
-            y = x.clamp(0, 1)
+        y, slope = _bounded(x, n, bound)
         ctx.save_for_backward(slope)
-        return y.mul_(n).round_().div_(n)
+        return y  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable
@@ -44,6 +53,7 @@ class DoReFaActivation(Quantizer):
     """
 
     signed = False
+    casts = True
 
     def __init__(self, layer: nn.Module, site: str, *, bits: int, bound: str = "clip") -> None:
         super().__init__()

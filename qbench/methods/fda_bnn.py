@@ -2,12 +2,13 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from qbench import ops
+from qbench import ops, quantizer
 from qbench.binary import Slope
 from qbench.layers import QuantLayer
 from qbench.method import Hook, State
-from qbench.quantizer import Codes, Quantizer, check_bits, check_choice
+from qbench.quantizer import Codes, Kernel, Quantizer, check_bits, check_choice
 
 SHORTCUTS = {"none": torch.zeros_like, "linear": lambda t: t, "sine": torch.sin}
 
@@ -122,7 +123,10 @@ class PReLU(nn.Module):
         self.a = nn.Parameter(torch.tensor(0.25))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.where(x > 0, x, self.a.to(x.dtype) * x)
+        if quantizer.fast is not None and x.dim() > 1 and quantizer.fast.takes(x):
+            zero = torch.zeros(x.shape[1])
+            return quantizer.fast.quantize(x, Kernel("prelu", trained=(zero, self.a.expand(len(zero)), zero)))  # type: ignore[no-any-return]
+        return F.prelu(x, self.a.to(x.dtype).view(1))
 
 
 def behind_conv(layer: QuantLayer, site: str, *, prelu: bool = True) -> nn.Module:

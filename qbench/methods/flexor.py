@@ -159,6 +159,8 @@ class FleXOR(Quantizer):
             bits, n_in=n_in, n_out=n_out, n_tap=n_tap, q=q, matrix=matrix, seed=matrix_seed, stage=stage
         )
         self.mode = check_choice("mode", mode, MODES)
+        if mode == "analog":
+            self.eager = "differentiates a product, for which torch counts zeros on the host"
         if not s > 0 or not std > 0:
             raise ValueError(f"s and std must be above 0, got s={s!r}, std={std!r}")
         self.bits, self.std = self.spec.bits, std

@@ -1,5 +1,7 @@
 """IR-Net: balanced, standardized binary weights with shift scales, and a gradient that sharpens. arXiv 1909.10788"""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -49,6 +51,9 @@ class LibraWeight(Quantizer):
     def quantize(self, x: Tensor) -> Tensor:
         z = standardize(x)
         return self.slope.sign(z) * self.scale(z)
+
+    def alike(self) -> Any:
+        return self.slope.alike(), self.shift
 
     def codes(self, x: Tensor) -> Codes:
         """One plane of -1 and +1, with 2^s as its coefficient."""

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-from qbench import ops, ranges
+from qbench import ops, quantizer, ranges
 from qbench.layers import QuantLayer, quant_layers
 from qbench.method import Hook, State
-from qbench.quantizer import Quantizer, check_choice
+from qbench.quantizer import Kernel, Quantizer, check_choice
 from qbench.uniform import UniformGrid
 
 
@@ -45,6 +45,7 @@ class Activation(UniformGrid):
     Reference: 1712.05877 Sec. 3.1
     """
 
+    watches = True
     lo: Tensor
     hi: Tensor
 
@@ -64,13 +65,18 @@ class Activation(UniformGrid):
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:
         """Move the averages by one batch."""
-        for average, now in zip((self.lo, self.hi), ranges.minmax(x.detach().float().flatten()), strict=True):
+        for average, now in zip((self.lo, self.hi), (x.amin(), x.amax()), strict=True):
+            now = now.float()
             average.copy_(torch.where(average.isinf(), now, average * self.decay + now * (1 - self.decay)))
 
-    def quantize(self, x: Tensor) -> Tensor:
-        if self.training:
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and self.enabled:
             self.calibrate(x)
-        return super().quantize(x)
+        return super().forward(x)
+
+    def kernel(self, shape: torch.Size) -> Kernel:
+        (step, zero), (lo, hi) = self.grid(self.lo), self.bounds
+        return Kernel("grid", step.item(), lo=lo, hi=hi, zero=zero.item())
 
     def bypass(self, x: Tensor) -> Tensor:
         if self.training and torch.is_grad_enabled():  # without gradients it is calibration, which counts by itself
@@ -180,9 +186,12 @@ class FoldedLayer(QuantLayer):
         return y if self.output_quantizer is None else self.output_quantizer(y)
 
     def _train(self, x: Tensor) -> Tensor:
-        plain = self.apply_op(x, self.weight, self.bias).float()
-        axes = [0, *range(2, plain.dim())]
-        var, mean = torch.var_mean(plain, axes, correction=0)
+        plain = self.apply_op(x, self.weight, self.bias)
+        if quantizer.fast is not None and quantizer.fast.takes(plain):
+            mean, var = quantizer.fast.moments(plain)
+        else:
+            plain = plain.float()
+            var, mean = torch.var_mean(plain, [0, *range(2, plain.dim())], correction=0)
         long_term = self._inverse(self.statistics[1])
         self._update(mean.detach(), var.detach(), plain.numel() // len(mean))
         inverse = self._inverse(var)
@@ -216,8 +225,9 @@ class FoldedLayer(QuantLayer):
         """Move the running statistics as nn.BatchNorm does: the variance there is the unbiased one."""
         assert self.bn.num_batches_tracked is not None, "it is there whenever running statistics are"
         self.bn.num_batches_tracked.add_(1)
-        share = 1 / float(self.bn.num_batches_tracked) if self.bn.momentum is None else self.bn.momentum
         running_mean, running_var = self.statistics
+        count_so_far = self.bn.num_batches_tracked.to(running_mean.dtype)
+        share = 1 / count_so_far if self.bn.momentum is None else self.bn.momentum
         running_mean.lerp_(mean, share)
         running_var.lerp_(var * (count / max(count - 1, 1)), share)
 
@@ -240,8 +250,10 @@ class FreezeStatistics(Hook):
             raise ValueError(f"the share of the training after which statistics freeze must be in 0..1, got {share}")
         self.share = share
 
+    def phase(self, state: State) -> bool:
+        return state.step >= self.share * state.steps
+
     def before_step(self, state: State) -> None:
-        frozen = state.step >= self.share * state.steps
         for _, layer in quant_layers(state.model):
             if isinstance(layer, FoldedLayer):
-                layer.frozen = frozen
+                layer.frozen = self.phase(state)

@@ -1,35 +1,78 @@
 """LSQ: Learned Step Size Quantization (arXiv 1902.08153)."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from qbench import ops
 from qbench.quantizer import Codes, Kernel, Quantizer, check_bits, check_choice
 
 SMALLEST = 1e-6  # the step is read as at least this: the optimizer may carry it to 0 or below
 
 
+@ops.formula
+def _quantize(x: Tensor, step: Tensor, lo: int, hi: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(x_hat, where nothing was clipped, d x_hat / d step)."""
+    s = step.clamp_min(SMALLEST)
+    z = x.float() / s
+    code = z.clamp(lo, hi).round_()
+    inside = (z > lo) & (z < hi)
+    # z * inside would be inf * 0 where x / s overflows
+    slope = code - z.masked_fill_(~inside, 0)
+    return code.mul_(s).to(x.dtype), inside, slope
+
+
+@ops.formula
+def _quantize_backward(g: Tensor, inside: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+    return g * inside, (slope * g).sum()
+
+
 class _Quantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, step: Tensor, lo: int, hi: int, scale: float) -> Tensor:
-        s = step.clamp_min(SMALLEST)
-        z = x / s
-        code = z.clamp(lo, hi).round_()
-        inside = (z > lo) & (z < hi)
-        # z * inside would be inf * 0 where x / s overflows
-        ctx.save_for_backward(inside, code - z.masked_fill_(~inside, 0))
+        y, *saved = _quantize(x, step, lo, hi)
+        ctx.save_for_backward(*saved)
         ctx.scale = scale
-        return code.mul_(s)
+        return y  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
-        inside, slope = ctx.saved_tensors
-        g = grads[0]
-        return g * inside, (slope * g).sum() * ctx.scale, None, None, None
+        dx, dstep = _quantize_backward(grads[0], *ctx.saved_tensors)
+        return dx, dstep * ctx.scale, None, None, None
+
+
+def _plain(w: Tensor) -> bool:
+    return w.device.type == "cpu" and w.dtype == torch.float32
+
+
+class _QuantizeAll(torch.autograd.Function):
+    """The same for all weights of a net at once: the steps, then the weights; (lo, hi) and `scale` of each."""
+
+    @staticmethod
+    def forward(ctx: Any, bounds: list[tuple[int, int]], scale: list[float], *tensors: Tensor) -> tuple[Tensor, ...]:
+        steps, ws = torch._foreach_clamp_min(tensors[: len(scale)], SMALLEST), tensors[len(scale) :]
+        los, his = zip(*bounds, strict=True)
+        z = torch._foreach_clamp_max(torch._foreach_clamp_min(torch._foreach_div(ws, steps), los), his)
+        codes = torch._foreach_round(z)
+        inside = torch._foreach_mul(torch._foreach_sub(z, los), torch._foreach_sub(z, his))
+        torch._foreach_sign_(inside)
+        torch._foreach_neg_(inside)  # 1 where lo < z < hi, 0 where z was clipped to either
+        slopes = torch._foreach_sub(codes, torch._foreach_mul(z, inside))
+        ctx.save_for_backward(*inside, *slopes)
+        ctx.scale = scale
+        return tuple(torch._foreach_mul(codes, steps))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        inside, slopes = ctx.saved_tensors[: len(grads)], ctx.saved_tensors[len(grads) :]
+        steps = [p.sum() * scale for p, scale in zip(torch._foreach_mul(slopes, grads), ctx.scale, strict=True)]
+        return None, None, *steps, *torch._foreach_mul(inside, grads)
 
 
 class LSQ(Quantizer):
@@ -54,6 +97,8 @@ class LSQ(Quantizer):
 
     Reference: 1902.08153 Sec. 2
     """
+
+    casts = True
 
     def __init__(self, layer: nn.Module, site: str, *, bits: int, count: str = "features") -> None:
         super().__init__()
@@ -90,9 +135,18 @@ class LSQ(Quantizer):
     def quantize(self, x: Tensor) -> Tensor:
         return _Quantize.apply(x, self.step, *self.bounds, self.slope(x.shape))  # type: ignore[no-any-return, no-untyped-call]
 
+    @classmethod
+    def quantize_all(cls, weights: Sequence[Tensor], quantizers: Sequence[Quantizer]) -> list[Tensor]:
+        """All layers in one pass on the CPU."""
+        qs = [q for q, w in zip(quantizers, weights, strict=True) if isinstance(q, LSQ) and q.enabled and _plain(w)]
+        if len(qs) < len(weights) or cls.quantize is not LSQ.quantize:
+            return super().quantize_all(weights, quantizers)
+        scales = [q.slope(w.shape) for q, w in zip(qs, weights, strict=True)]
+        return list(_QuantizeAll.apply([q.bounds for q in qs], scales, *[q.step for q in qs], *weights))  # type: ignore[no-untyped-call]
+
     def kernel(self, shape: torch.Size) -> Kernel:
         lo, hi = self.bounds
-        return Kernel("learned", max(self.step.item(), SMALLEST), self.step, lo=lo, hi=hi, slope=self.slope(shape))
+        return Kernel("learned", max(self.step.item(), SMALLEST), (self.step,), lo=lo, hi=hi, slope=self.slope(shape))
 
     def codes(self, x: Tensor) -> Codes:
         """Codes -Q_N..Q_P with the learned step."""

@@ -6,26 +6,37 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from qbench import ops
 from qbench.quantizer import Codes, Kernel, Quantizer, check_bits
 
 SMALLEST = 1e-3  # alpha is read as at least this: its decay may pull it to 0, and a step of 0 divides by 0
 PAPER = 10.0  # the initial alpha of the paper's Figure 2
 
 
+@ops.formula
+def _clip(x: Tensor, alpha: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(y_hat, where x lies between 0 and alpha, where above)."""
+    z, a = x.float(), alpha.clamp_min(SMALLEST)
+    above = z >= a
+    return z.clamp_min(0).minimum(a).mul_(n / a).round_().mul_(a / n).to(x.dtype), (z >= 0) ^ above, above
+
+
+@ops.formula
+def _clip_backward(g: Tensor, inside: Tensor, above: Tensor) -> tuple[Tensor, Tensor]:
+    return g * inside, (g * above).float().sum()
+
+
 class _Clip(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, alpha: Tensor, n: int) -> Tensor:
-        a = alpha.clamp_min(SMALLEST)
-        above = x >= a
-        ctx.save_for_backward((x >= 0) ^ above, above)
-        return x.clamp_min(0).minimum(a).mul_(n / a).round_().mul_(a / n)
+        y, *masks = _clip(x, alpha, n)
+        ctx.save_for_backward(*masks)
+        return y  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
-        inside, above = ctx.saved_tensors
-        g = grads[0]
-        return g * inside, (g * above).sum(), None
+        return *_clip_backward(grads[0], *ctx.saved_tensors), None
 
 
 class PACT(Quantizer):
@@ -51,6 +62,7 @@ class PACT(Quantizer):
     """
 
     signed = False
+    casts = True
 
     def __init__(
         self, layer: nn.Module, site: str, *, bits: int, alpha: float | None = None, init: str | None = None
@@ -88,7 +100,7 @@ class PACT(Quantizer):
         return _Clip.apply(x, self.alpha, self.levels - 1)  # type: ignore[no-any-return]
 
     def kernel(self, shape: torch.Size) -> Kernel:
-        return Kernel("clip", max(self.alpha.item(), SMALLEST), self.alpha, self.levels - 1)
+        return Kernel("clip", max(self.alpha.item(), SMALLEST), (self.alpha,), self.levels - 1)
 
     def codes(self, x: Tensor) -> Codes:
         """Codes 0..n with step alpha / n."""

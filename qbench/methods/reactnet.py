@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from qbench.binary import Slope
 from qbench.layers import QuantLayer
 from qbench.method import Hook, State
-from qbench.quantizer import Quantizer, check_bits
+from qbench.quantizer import Kernel, Quantizer, check_bits
 
 
 def _shaped(values: Tensor, x: Tensor) -> Tensor:
@@ -36,6 +36,9 @@ class RSign(Quantizer):
     def quantize(self, x: Tensor) -> Tensor:
         return self.slope.sign(x - _shaped(self.alpha, x))
 
+    def kernel(self, shape: torch.Size) -> Kernel:
+        return self.slope.kernel(self.alpha)
+
 
 class RPReLU(nn.Module):
     """y = max(x - gamma, 0) + beta * min(x - gamma, 0) + zeta, all three learned for each channel, in place of a ReLU.
@@ -54,6 +57,9 @@ class RPReLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         u = x.float() - _shaped(self.gamma, x)
         return (torch.where(u > 0, u, _shaped(self.beta, x) * u) + _shaped(self.zeta, x)).to(x.dtype)
+
+    def kernel(self, shape: torch.Size) -> Kernel:
+        return Kernel("prelu", trained=(self.gamma, self.beta, self.zeta))
 
 
 class TeacherAlone(Hook):

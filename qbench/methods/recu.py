@@ -9,7 +9,7 @@ from qbench import ops
 from qbench.binary import Sign, Slope
 from qbench.layers import QuantLayer
 from qbench.method import Hook, State
-from qbench.quantizer import Codes, Quantizer, check_bits, check_choice
+from qbench.quantizer import Codes, Kernel, Quantizer, check_bits, check_choice
 
 QUANTILES = ("laplace", "empirical")
 SCALES = ("mean", "learned")
@@ -117,6 +117,9 @@ class ReCUInput(Sign):
         if self.normalize and self.training:
             x = x / (x.var(tuple(range(1, x.dim())), keepdim=True) + 1e-5).sqrt()
         return super().quantize(x)
+
+    def kernel(self, shape: torch.Size) -> Kernel | None:
+        return None if self.normalize and self.training else super().kernel(shape)
 
 
 class RaiseTau(Hook):

@@ -107,13 +107,16 @@ class TakeTurns(Hook):
         quantizers = [layer.weight_quantizer for _, layer in quant_layers(state.model)]
         return [q.delta for q in quantizers if isinstance(q, TGA)]
 
+    def phase(self, state: State) -> bool:
+        """Whether it is the thresholds' turn."""
+        return state.step % self.every == 0
+
     def after_backward(self, state: State) -> None:
         if self.every == 1:
             return
         theirs = {id(p) for p in self.thresholds(state)}
-        their_turn = state.step % self.every == 0
         for p in state.model.parameters():
-            if (id(p) in theirs) != their_turn:
+            if (id(p) in theirs) != self.phase(state):
                 p.grad = None  # the optimizer leaves it alone
 
     @torch.no_grad()

@@ -29,6 +29,8 @@ class XnorLayer(QuantLayer):
     Reference: arXiv 1603.05279, Eq. 11 and Fig. 2
     """
 
+    sees_both = True  # K is of the inputs before their sign
+
     def __init__(self, layer: nn.Conv2d | nn.Linear, site: str, *, k: bool = True, k_gradient: bool = False) -> None:
         super().__init__(layer)
         self.k, self.k_gradient = k, k_gradient
@@ -36,21 +38,21 @@ class XnorLayer(QuantLayer):
     def input_scale(self, x: Tensor) -> Tensor:
         """K in float32: [N, 1, H', W'] ([N, out, H', W'] with groups), or [N, 1] for a linear layer."""
         with torch.autocast(x.device.type, enabled=False):
-            a = (x if self.k_gradient else x.detach()).float().abs()
+            a = (x if self.k_gradient else x.detach()).abs()
             if not self.conv:
-                return a.mean(-1, keepdim=True)
-            a = a.unflatten(1, (self.groups, -1)).mean(2)
+                return a.mean(-1, keepdim=True, dtype=torch.float32)
+            a = a.unflatten(1, (self.groups, -1)).mean(2, dtype=torch.float32)
             height, width = self.weight_shape[2:]
             box = a.new_full((self.groups, 1, height, width), 1 / (height * width))
             k = F.conv2d(a, box, None, self.stride, self.padding, self.dilation, self.groups)  # type: ignore[arg-type]
             return k if self.groups == 1 else k.repeat_interleave(self.weight_shape[0] // self.groups, 1)
 
-    def forward(self, x: Tensor, quantized: bool = False) -> Tensor:
+    def forward(self, x: Tensor, quantized: bool = False, before: Tensor | None = None) -> Tensor:
         if not self.k or self.input_quantizer is None or not self.input_quantizer.enabled:
             return super().forward(x, quantized)
-        assert not quantized  # K is of the inputs before their sign
-        y = self.apply_op(self.input_quantizer(x), self.quantized_weight(), None)
-        y = y * self.input_scale(x).to(y.dtype)
+        signs = x if quantized else self.input_quantizer(x)
+        y = self.apply_op(signs, self.quantized_weight(), None)
+        y = (y.float() * self.input_scale(x if before is None else before)).to(y.dtype)  # torch is slow at it in bf16
         if self.bias is not None:
             y = y + (self.bias.view(-1, 1, 1) if self.conv else self.bias).to(y.dtype)
         if self.error_quantizer is not None:

@@ -147,10 +147,11 @@ class PrunedCode(Quantizer):
     def signs(self, x: Tensor) -> Tensor:
         """The planes [q, *weight] of the nearest values: -1 or +1, and 0 where pruned."""
         shape = (2**self.planes, self.planes, *[1] * x.dim())
-        table = 2.0 * (torch.arange(2**self.planes).unsqueeze(1) >> torch.arange(self.planes) & 1) - 1
-        levels = (table.to(x.device).view(shape) * self.alpha).sum(1)
+        codes, plane = (torch.arange(n, device=x.device) for n in (2**self.planes, self.planes))
+        table = 2.0 * (codes.unsqueeze(1) >> plane & 1) - 1
+        levels = (table.view(shape) * self.alpha).sum(1)
         nearest = (x - levels).abs().argmin(0)
-        return table.to(x.device)[nearest].movedim(-1, 0) * self.mask
+        return table[nearest].movedim(-1, 0) * self.mask
 
     def quantize(self, x: Tensor) -> Tensor:
         return (self.signs(x) * self.alpha).sum(0) + self.mask * (x - x.detach())
