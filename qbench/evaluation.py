@@ -32,7 +32,14 @@ def world() -> int:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """bf16 autocast where `precision` says so; quantizers compute in float32 all the same."""
+    """bf16 autocast where `precision` says so; quantizers compute in float32 all the same.
+
+    On a GPU also whether products of float32 numbers may be rounded to 10 bits (tf32) or not (fp32); torch by itself
+    lets convolutions, and nothing else.
+    """
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+        torch.backends.cudnn.allow_tf32 = precision == "tf32"
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 

@@ -81,6 +81,7 @@ def plan(config: dict[str, Any]) -> dict[str, Any]:
         with evaluation.autocast(place, recipe.precision), quantized_weights(model.train()):
             loss = criterion(recipe, model(x).float(), y)
         loss.backward()  # type: ignore[no-untyped-call]
+        loss.item()  # waits for a GPU
         times.append(time.monotonic() - start)
     steps = recipe.total_steps(len(train))
     needs_parent = config["init"] == "float" and not any(

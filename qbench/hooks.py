@@ -62,6 +62,7 @@ class EnableAfter(Hook):
         if steps is not None and (isinstance(steps, bool) or steps != int(steps) or steps < 0):
             raise ValueError(f"steps before activations are quantized must be a whole number >= 0, got {steps}")
         self.share, self.steps, self.match = share, steps, match
+        self.found: list[Quantizer] | None = None
 
     def before_train(self, state: State) -> None:
         if 0 < state.steps <= (self.steps or 0):
@@ -72,11 +73,14 @@ class EnableAfter(Hook):
         quantizers = activation_quantizers(state.model)
         if quantizers and not self._chosen(quantizers):
             raise UserError(f"EnableAfter: '{self.match}' matches none of: {', '.join(quantizers)}")
+        self.found = None
         self.before_step(state)
 
     def before_step(self, state: State) -> None:
         first = self.share * state.steps if self.steps is None else self.steps
-        for q in self._chosen(activation_quantizers(state.model)):
+        if self.found is None:  # looking for them takes milliseconds
+            self.found = self._chosen(activation_quantizers(state.model))
+        for q in self.found:
             q.enabled = state.step >= first
 
     def _chosen(self, quantizers: dict[str, Quantizer]) -> list[Quantizer]:

@@ -1,6 +1,6 @@
 """What a paper's method is made of: rules, hooks and parameter groups."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -66,7 +66,21 @@ class State:
 
 
 class Hook(nn.Module):
-    """A no-op at every point; a method overrides what it needs. Parameters that a hook owns are trained and saved."""
+    """A no-op at every point; a method overrides what it needs. Parameters that a hook owns are trained and saved.
+
+    On a GPU `loss` and `after_backward` are recorded with the step, as a CUDA graph: what they read of the step number
+    must come through a tensor that `before_step` fills, or through `phase`. One that cannot be recorded says in `eager`
+    why ("reads the loss on the host"); its runs then go op by op. The other points are called as ever.
+    """
+
+    eager: str = ""
+
+    def phase(self, state: State) -> Hashable:
+        """What Python decides in this step: steps of one phase do the same but for the values of tensors.
+
+        Called after `before_step`. Which quantizers are enabled counts by itself.
+        """
+        return None
 
     def after_calibrate(self, state: State) -> None: ...
 

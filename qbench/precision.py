@@ -23,11 +23,16 @@ ROUNDS = 3
 def decided(config: dict[str, Any], shape: tuple[int, int, int], make_model: Callable[[], nn.Module]) -> dict[str, Any]:
     """`config` with `auto` replaced by fp32 or bf16 in both recipes, and the times under 'auto'.
 
+    Errors: UserError on tf32 without a GPU.
+
     The float net of `shape` (channels, size, classes) decides, whatever the method, so that all methods on one net
     train alike. The times are kept in the cache folder per net, batch, threads and machine: the same command finds the
     same answer, and so its folder, again. From there on nothing tells the run from one that named the precision.
     """
-    phases = [k for k in ("train", "parent") if config[k]["precision"] == "auto"]
+    asked = {k: config[k]["precision"] for k in ("train", "parent")}
+    if "tf32" in asked.values() and device.pick(config["device"]).type == "cpu":
+        raise UserError("precision=tf32 is a number format of GPUs, and this run is on the CPU. Use fp32 or bf16.")
+    phases = [k for k, precision in asked.items() if precision == "auto"]
     if not phases:
         return config
     times = {k: _remembered(config, config[k]["batch_size"], shape, make_model) for k in phases}

@@ -8,8 +8,8 @@ from typing import Any
 from qbench.errors import UserError, unknown
 
 SCHEDULES = ("constant", "step", "cosine", "linear", "exponential", "onecycle")
-KERNELS = ("auto", "cpp", "numba", "torch")
-PRECISIONS = ("fp32", "bf16", "auto")  # auto: qbench.precision replaces it before anything is trained
+KERNELS = ("auto", "cpp", "numba", "compile", "torch")
+PRECISIONS = ("fp32", "tf32", "bf16", "auto")  # auto: qbench.precision replaces it before anything is trained
 # Names for `optimizer`, beside the dotted path of any class, and what torch.optim calls them.
 OPTIMIZERS = {
     "sgd": "SGD",

@@ -46,6 +46,8 @@ def tell(folder: Path, result: Mapping[str, Any], line: Callable[[str], None]) -
     )
     line(f"  bytes                 {result['bytes']:>7,}     (whole net, packed)")
     line(f"  seconds               {result['seconds']:>7.0f}")
+    if str(result.get("device", "cpu")).startswith("cuda") and "images_per_s" in result:
+        line(f"  images/s              {result['images_per_s']:>7,}     (evaluations and records included)")
     pictures = [str(folder / n) for n in ("curves.png", "histograms.png", "telemetry.png") if (folder / n).is_file()]
     line(f"  pictures              {'  '.join(pictures) or '-'}")
     line(f"  everything            {folder}")

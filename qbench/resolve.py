@@ -85,6 +85,8 @@ def _check(config: Mapping[str, Any]) -> None:
             raise UserError(f"{name} must be a whole number of at least {lo}, got {config[name]!r}")
     if config["device"] not in ("auto", "cpu", "cuda"):
         raise unknown("device", str(config["device"]), ("auto", "cpu", "cuda"))
+    if config["graph"] not in ("auto", True, False):
+        raise unknown("graph", str(config["graph"]), ("auto", "true", "false"))
     if config["kernels"] not in KERNELS:
         raise unknown("kernels", str(config["kernels"]), KERNELS)
     for part in ("train", "parent"):

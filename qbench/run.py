@@ -192,7 +192,7 @@ def _train(run: Run, screen: Screen, opened: ExitStack) -> dict[str, Any]:
     config, data, started, code = run.config, run.data, time.monotonic(), code_hash(run.config)
     place = device.pick(config["device"])
     threads = device.set_threads(config["threads"])
-    tier = opened.enter_context(kernels.using(_tier(run, place)))
+    opened.enter_context(kernels.using(_tier(run, place)))
     method, recipe = make_method(config), Recipe(**config["train"])
     with clear_errors("distill"):
         hooks = [Distill(**config["distill"])] if config["distill"]["weight"] else []
@@ -232,16 +232,21 @@ def _train(run: Run, screen: Screen, opened: ExitStack) -> dict[str, Any]:
             hooks=hooks,
             teacher=teacher,
             compile=config["compile"],
+            graph=config["graph"],
             checkpoint_seconds=config["checkpoint_seconds"],
             phase=f"{method.name} training" if method.name != "float" else "float training",
         )
+    if place.type == "cuda" and config["graph"] and loop.eager:
+        screen.line(f"graph: off, {loop.eager}")
     before = _calibrated(run, loop, screen)
     outcome = loop.train() if loop.total else trainer.Outcome(before, before, 0.0)
     if not loop.total:
         loop.take_stock()
     result = summary(run, model, outcome)
     result |= {"float_accuracy": accuracy_float, "accuracy_before_training": before, "threads": threads}
-    result |= {"code": code, "device": str(place), "kernels": tier}
+    result |= {"code": code, "device": str(place), "kernels": kernels.tier(), "graph": loop.captured is not None}
+    if outcome.seconds > 0:
+        result["images_per_s"] = round(loop.total * recipe.batch_size / outcome.seconds)
     result["seconds_total"] = round(time.monotonic() - started, 1)
     if method.name == "float":
         result["float_accuracy"] = result["accuracy_last"]
@@ -257,9 +262,11 @@ def make_batches(run: Run, split: Any, place: torch.device, train: bool, shared:
     """Batches of a split; `shared`: every worker sees all of them (calibration)."""
     data, config = run.data, run.config
     recipe = config["train"]
+    # evaluation: a GPU is idle for most of a batch of 256 small images; ranges may depend on the calibration's batches
+    wide = 2048 if place.type == "cuda" and data.size <= 64 and not shared else 256
     return batches(
         split,
-        batch_size=recipe["batch_size"] if train else max(256, recipe["batch_size"]),
+        batch_size=recipe["batch_size"] if train else max(wide, recipe["batch_size"]),
         mean=data.mean,
         std=data.std,
         whitening=data.whitening,
@@ -308,9 +315,14 @@ def _calibrated(run: Run, loop: trainer.Trainer, screen: Screen) -> float | None
 
 
 def _tier(run: Run, place: torch.device) -> str:
-    """The kernels to use: those the run began with, where it left them open; none where there are none."""
-    if run.config["compile"] or place.type != "cpu":
+    """The kernels to use: those the run began with, where it left them open; none where there are none.
+
+    A GPU has those of torch.compile, whatever the CPU's are called for.
+    """
+    if run.config["compile"]:
         return "torch"
+    if place.type != "cpu":
+        return "torch" if run.config["kernels"] == "torch" else "compile"
     path = run.folder / "checkpoint.pt"
     if run.config["kernels"] != "auto" or not path.is_file():
         return str(run.config["kernels"])

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from qbench import checkpoint, kernels
+from qbench import captured, checkpoint, kernels
 from qbench.errors import UserError
 from qbench.evaluation import Batches, autocast, evaluate, rank, world
 from qbench.interrupt import Interrupted, Stop
 from qbench.layers import quantized_weights
 from qbench.method import Hook, Method, State
-from qbench.optim import criterion, make_optimizer, parameter_groups
+from qbench.optim import criterion, load_state, make_optimizer, parameter_groups, set_lr
 from qbench.quantizer import Quantizer
 from qbench.recipe import Recipe
 from qbench.recorder import Recorder
@@ -45,6 +45,9 @@ class Trainer:
 
     Everything that decides the next step is a pure function of the step number or is in the checkpoint, so that a run
     cut off anywhere ends with the same weights as one that was not.
+
+    On a GPU the computing of a step becomes a CUDA graph (`graph`: auto, True or False; `graphs` is what records it, by
+    default torch's). `eager` says why it does not; empty where it does.
     """
 
     def __init__(
@@ -63,6 +66,8 @@ class Trainer:
         hooks: Sequence[Hook] = (),
         teacher: nn.Module | None = None,
         compile: bool = False,
+        graph: bool | str = "auto",
+        graphs: captured.Graphs | None = None,
         checkpoint_seconds: float = 60,
         phase: str = "train",
     ) -> None:
@@ -83,12 +88,20 @@ class Trainer:
             warmup=self._share(recipe.warmup),
             lr_drops=tuple(map(self._share, recipe.milestones)) if recipe.schedule == "step" else (),
         )
-        for module in (*model.modules(), *self.hooks.modules()):
-            if isinstance(module, Quantizer):
-                module.generator = generator
+        self.quantizers = [m for part in (model, self.hooks) for m in part.modules() if isinstance(m, Quantizer)]
+        for q in self.quantizers:
+            q.generator = generator
         self.outcome, self.telemetry = Outcome(), Telemetry()
-        self.optimizer = make_optimizer(parameter_groups(model, self.own_hooks(), method, recipe), recipe)
+        gpu = device.type == "cuda" or graphs is not None
+        self.eager = captured.why_not((model, self.hooks), recipe, gpu, compile)
+        recorded = captured.asked(graph, self.eager)
+        groups = parameter_groups(model, self.own_hooks(), method, recipe)
+        self.optimizer = make_optimizer(groups, recipe, device, capturable=recorded)
         self.state.optimizer = self.optimizer
+        self.captured: captured.Captured | None = None
+        if recorded:
+            self.captured = captured.Captured(self._compute, graphs or captured.CudaGraphs(device, generator))
+        self.graph = graph
         self.losses: list[Tensor] = []
         self.correct = torch.zeros((), device=device)
         self.seen = 0
@@ -145,7 +158,7 @@ class Trainer:
         try:
             self.model.load_state_dict(content["model"])
             self.hooks.load_state_dict(content["hooks"])
-            self.optimizer.load_state_dict(content["optimizer"])
+            load_state(self.optimizer, content["optimizer"])
             mine = content["randoms"][rank()]
         except (KeyError, RuntimeError, ValueError, IndexError) as error:
             raise UserError(f"{self.checkpoint_path} does not belong to this run: {error}") from error
@@ -156,7 +169,7 @@ class Trainer:
         self.telemetry.load_state_dict(content.get("telemetry", {}))
         losses, correct, self.seen = content["running"]
         self.losses = list(losses.to(self.device).unbind()) if len(losses) else []
-        self.correct = correct.to(self.device)
+        self.correct.copy_(correct)
         return True
 
     def train(self) -> Outcome:
@@ -201,11 +214,25 @@ class Trainer:
         state, recipe = self.state, self.recipe
         state.lr_scale = recipe.lr_factor(state.step, self.total, self.steps_per_epoch)
         for group in self.optimizer.param_groups:
-            group["lr"] = recipe.lr * state.lr_scale * group["lr_scale"]
-        self.model.train()
+            set_lr(group, recipe.lr * state.lr_scale * group["lr_scale"])
+        if not self.model.training:  # after an evaluation; to say it to every module takes a third of a millisecond
+            self.model.train()
         for hook in self.own_hooks():
             hook.before_step(state)
+        loss = self._compute(x, y) if self.captured is None else self._replay(self.captured, x, y)
+        state.step += 1
+        state.epoch = state.step / self.steps_per_epoch
+        state.training_share = state.step / self.total
+        for hook in self.own_hooks():
+            hook.after_step(state)
+        self.losses.append(loss)
+        self.seen += len(y)
+
+    def _compute(self, x: Tensor, y: Tensor) -> Tensor:
+        """From the batch to the stepped weights; the loss. All that a CUDA graph holds of a step."""
+        state, recipe = self.state, self.recipe
         self.optimizer.zero_grad(set_to_none=True)
+        state.logits = None  # its graph goes, and with it the stream on which gradients were gathered
         total = torch.zeros((), device=self.device)
         for state.inputs, state.labels in zip(x.chunk(recipe.accumulate), y.chunk(recipe.accumulate), strict=True):
             share = len(state.labels) / len(y)
@@ -216,12 +243,22 @@ class Trainer:
         if recipe.clip_grad:
             nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip_grad)
         self.optimizer.step()
-        state.step += 1
-        state.epoch = state.step / self.steps_per_epoch
-        state.training_share = state.step / self.total
-        for hook in self.own_hooks():
-            hook.after_step(state)
-        self.losses.append(total)
+        return total
+
+    def _replay(self, step: captured.Captured, x: Tensor, y: Tensor) -> Tensor:
+        """`_compute` as a CUDA graph; op by op from now on where torch cannot record it."""
+        kind: Hashable = (
+            tuple(q.enabled for q in self.quantizers),
+            *(hook.phase(self.state) for hook in self.own_hooks()),
+        )
+        try:
+            return step(x, y, kind)
+        except captured.NotRecorded as error:
+            self.eager = f"torch could not record it ({error})"
+            captured.asked(self.graph, self.eager)
+            self.screen.line(f"graph: off, {self.eager}")
+            self.captured = None
+            return self._compute(x, y)
 
     def _forward_backward(self, share: float) -> Tensor:
         """Forward and backward of one micro-batch, `share` of the batch; its loss, detached."""
@@ -241,7 +278,6 @@ class Trainer:
             loss = loss if extra is None else loss + extra
         (loss * share).backward()  # type: ignore[no-untyped-call]
         self.correct += (state.logits.argmax(1) == state.labels).sum()
-        self.seen += len(state.labels)
         return loss.detach()
 
     def _exchange(self) -> None:
@@ -256,7 +292,7 @@ class Trainer:
         dist.all_reduce(flat)
         flat /= world()
         for p, g in zip(parameters, flat.split([g.numel() for g in grads]), strict=True):
-            p.grad = g.view_as(p).clone()
+            p.grad = torch.empty_like(p).copy_(g.view_as(p))  # in the memory format of p, as fused optimizers want it
 
     def _log(self) -> str:
         """Record the training loss since the last log; stop on a loss that is not finite."""

@@ -27,6 +27,8 @@ LIGHT = (
     "screen",
     "files",
     "xor_spec",
+    "sweep",
+    "usage",
 )
 
 
@@ -134,6 +136,9 @@ def test_light_modules_import_no_torch(name: str) -> None:
     [
         (("list",), 0),
         (("--help",), 0),
+        (("paper", "--help"), 0),
+        (("bench", "-h"), 0),
+        (("eval", "RUN", "--help"), 0),
         (("--version",), 0),
         (("tabel",), 2),
         (("method=pct",), 2),
@@ -162,14 +167,40 @@ def test_answers_that_need_no_torch_do_not_load_it(words: tuple[str, ...], statu
     assert done.returncode == status, done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir()), "nothing may be left behind"
-    bound = 0.5 if words[0] in ("list", "--help", "--version", "tabel") else 1.5  # seconds of CPU; torch alone takes 2
+    bound = (
+        0.5 if words[-1] in ("list", "--help", "-h", "--version", "tabel") else 1.5
+    )  # seconds of CPU; torch alone takes 2
     assert spent < bound
 
 
-def test_help_names_every_command(tmp_path: Path) -> None:
-    from qbench.cli import COMMANDS, USAGE
+def test_help_names_every_command() -> None:
+    from qbench.usage import HELP, USAGE
 
-    assert not [c for c in COMMANDS if c != "help" and f"qbench {c}" not in USAGE]
+    assert not [c for c in HELP if f"qbench {c}" not in USAGE]
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h", "help"])
+def test_every_command_has_help_of_its_own(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from qbench.cli import main
+    from qbench.usage import HELP, USAGE
+
+    for command, text in HELP.items():
+        assert text.startswith(f"qbench {command}")
+        for words in ([command, flag], [flag, command]):
+            assert main(words) == 0
+            assert capsys.readouterr().out.rstrip() == text.rstrip()
+    for words in ([flag], ["method=pact", flag]):
+        assert main(words) == 0
+        assert capsys.readouterr().out.rstrip() == USAGE.rstrip()
+
+
+def test_the_options_of_a_command_stand_in_its_help() -> None:
+    from qbench.bench.command import OPTIONS
+    from qbench.study import OPTIONS as PAPER
+    from qbench.usage import HELP
+
+    assert not [o for o in OPTIONS if o != "debug" and f"{o}=" not in HELP["bench"]]
+    assert not [o for o in PAPER if f"{o}=" not in HELP["paper"]]
 
 
 def test_list_shows_everything_that_conf_holds() -> None:

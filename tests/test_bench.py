@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from qbench import catalog, precision
-from qbench.bench import command, page
+from qbench import catalog, kernels, precision
+from qbench.bench import command, gpu, memory, page
 from qbench.bench.setting import STEPS, Setting, trainer
 from qbench.bench.timing import Entry, alternate, ratio
 from qbench.bench.whole import FIRST_STEP
@@ -100,6 +100,40 @@ def test_the_check_names_what_got_worse() -> None:
         command.worse([entry("step/new")], old, 0.25)
 
 
+def test_accuracies_get_worse_by_falling() -> None:
+    old = [entry("accuracy/digits", "bf16", 1.0)]
+    assert command.worse([entry("accuracy/digits", "bf16", 0.7)], old, 0.25) == ["accuracy/digits bf16: 1.0 -> 0.7"]
+    assert command.worse([entry("accuracy/digits", "bf16", 1.4)], old, 0.25) == []
+
+
+def test_the_check_fails_on_a_doctored_file(cli: Cli, tmp_path: Path) -> None:
+    words = ("quick=true", "only=memory/pact,step/pact", "rounds=1", "precision=fp32", "threads=1")
+    assert cli("bench", *words, "out=o").status == 0
+    path = tmp_path / "o" / "bench.json"
+    entries = {e["name"]: e for e in json.loads(path.read_text())}
+    doctored = {"memory/pact": 1.0, "step/pact": 1e-3}  # honest bytes; a time that no step takes
+    path.write_text(json.dumps([{**e, "ratio": e["ratio"] * doctored[n]} for n, e in entries.items()]))
+    said = cli("bench", "check", f"against={path}", *words)
+    assert said.status == 1
+    assert "slower than in" in said.out
+    assert "by more than 25%" in said.out
+    (line,) = [line for line in said.out.splitlines() if " -> " in line]
+    assert line.split()[:2] == ["step/pact", f"{entries['step/pact']['mode']}:"]
+    assert "Traceback" not in said.out + said.err
+    assert cli("bench", "check", f"against={path}", *words, "margin=1e9").status == 0
+
+
+def test_peak_memory_counts_what_is_held_at_once() -> None:
+    def act() -> None:
+        x = torch.zeros(1000, dtype=torch.uint8)
+        y = torch.zeros(500, dtype=torch.uint8)
+        del x
+        torch.zeros(900, dtype=torch.uint8)
+        del y
+
+    assert 1500 <= memory.peak(act, torch.device("cpu")) < 1600
+
+
 def test_the_check_measures_twice_before_it_fails(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "old.json").write_text(json.dumps([entry(), entry("step/lsq")]))
     measured: list[tuple[str, ...]] = []
@@ -122,7 +156,12 @@ def test_the_check_measures_twice_before_it_fails(cli: Cli, tmp_path: Path, monk
 def test_the_page_shows_every_entry(cli: Cli, tmp_path: Path) -> None:
     peer = entry("peer/brevitas", values={"w_bits": 4, "a_bits": 4, "version": "0.13"})
     other = entry("step/lsq", model="mobilenet_v2", value=1.111)
-    (tmp_path / "b.json").write_text(json.dumps([entry(), other, peer, entry("data/augment", "resident", 0.01)]))
+    held = entry("memory/lsq", values={"bytes": 2**20 * 234, "base_bytes": 2**20 * 188})
+    kept = {"mean": 98.1, "std": 0.2, "base_mean": 98.3, "base_std": 0.1}
+    auto = entry("depthwise/float", "bf16", 0.8, values={"auto": "bf16"})
+    accuracy = entry("accuracy/kernels", "lsq 2/2", 0.998, values=kept)
+    more = [held, auto, accuracy, entry("data/augment", "resident", 0.01)]
+    (tmp_path / "b.json").write_text(json.dumps([entry(), other, peer, *more]))
     assert cli("bench", "page", "against=b.json").status == 0
     text = (tmp_path / "b.md").read_text()
     assert "| pact 4/4 | resnet20 | 1.50 | 100 |" in text
@@ -130,6 +169,9 @@ def test_the_page_shows_every_entry(cli: Cli, tmp_path: Path) -> None:
     assert "brevitas 0.13" in text
     assert "| data/augment | resident | 0.01 |" in text
     assert "a processor, 2 cores, 2 threads" in text
+    assert "| 234 MiB |" in text
+    assert "| 98.10 ± 0.20 % | 98.30 ± 0.10 % |" in text
+    assert "| bf16 |" in text
 
 
 def test_the_committed_page_is_that_of_the_committed_numbers() -> None:
@@ -189,6 +231,7 @@ def test_a_run_takes_its_first_step_soon(tmp_path: Path) -> None:
 
         return {**_environment(), "OMP_NUM_THREADS": "1"}
 
+    kernels.available()  # compiled before: that is done once on a machine
     torch_alone = min(seconds("-c", "import torch") for _ in range(2))
     run = seconds("-c", FIRST_STEP, "method=pact", "bits=4", "init=scratch", "model=tiny", "out=o")
     assert run < 4 + 4 * torch_alone
@@ -196,3 +239,48 @@ def test_a_run_takes_its_first_step_soon(tmp_path: Path) -> None:
     code = FIRST_STEP.replace("os._exit(0)", f"os._exit(len({heavy}))")
     words = ("method=pact", "bits=4", "init=scratch", "model=tiny", "tensorboard=false", "out=p")
     assert seconds("-c", code, *words) > 0  # exit status: how many slow imports came before the first step
+
+
+def test_what_a_gpu_is_measured_by_can_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU in its place, where nothing becomes a graph; the times mean nothing."""
+    said: list[str] = []
+    setting = Setting(models=("tiny",), batch=8, rounds=1, precisions=("fp32", "bf16"), quick=True, say=said.append)
+    setting.kernels = ("torch",)
+    monkeypatch.setattr(gpu, "METHODS", ("float", "flexor"))
+    monkeypatch.setattr(gpu, "SIDE", (2,))
+    found = [entry for job in gpu.jobs(setting).values() for entry in job()]
+    names = [(e.name, e.mode) for e in found]
+    assert names == [
+        *((f"gpu/step/{m}", f"{p}/eager") for m in ("float", "flexor") for p in ("fp32", "bf16")),
+        *(("gpu/data", "resident"), ("gpu/side", "bf16/2 runs")),
+    ]
+    assert all(e.seconds and e.base_seconds and e.ratio > 0 and e.images_per_s for e in found)
+    assert said == [f"  gpu/step/{m}: no graph, the run is not on a GPU" for m in ("float",) * 2 + ("flexor",) * 2]
+    assert "## On a GPU" in page.page([{**e.plain(), "machine": entry()["machine"]} for e in found])
+
+
+def test_steps_are_timed_by_the_clock_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            asked.append("record")
+
+        def synchronize(self) -> None:
+            asked.append("synchronize")
+
+        def elapsed_time(self, end: "Event") -> float:
+            return 30.0  # milliseconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    assert gpu.seconds(torch.device("cuda"), lambda: asked.append("step"), 3) == pytest.approx(0.01)
+    assert asked == ["record", "step", "step", "step", "record", "synchronize"]
+
+
+def test_a_gpu_that_is_not_there_is_named(cli: Cli) -> None:
+    said = cli("bench", "device=cuda", "quick=true")
+    assert (said.status, "torch sees no GPU" in said.err) == (2, True) or torch.cuda.is_available()
+    assert "Traceback" not in said.err

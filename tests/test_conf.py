@@ -221,6 +221,7 @@ PLACES = [
     "dataset.root=y",
     "threads=3",
     "device=cpu",
+    "graph=false",
     "debug=true",
     "tensorboard=false",
     "checkpoint_seconds=1",

@@ -11,37 +11,26 @@ from typing import Any
 import torch
 
 from qbench import catalog, device
-from qbench.bench import page, peers, speed, whole
+from qbench.bench import gpu, memory, page, peers, speed, whole
 from qbench.bench.setting import Setting, use_kernels
 from qbench.bench.timing import Entry
 from qbench.errors import UserError, nearest, unknown
 from qbench.files import atomic_write
+from qbench.usage import HELP
 
-USAGE = """\
-qbench bench                          all of it, about eight minutes on two cores
-qbench bench check                    a short run against docs/benchmarks.json; fails when a ratio got worse
-qbench bench page                     docs/benchmarks.md from docs/benchmarks.json
-
-  only=step/pact,data/*   what to measure           model=resnet20,...      nets (default resnet20)
-  rounds=5  batch=128     repetitions, images       precision=fp32,bf16
-  threads=                CPU threads (all cores)   kernels=auto            cpp, numba, torch: or several
-  peers=true              Brevitas, torch.ao and torchao beside ours, where they are installed
-  quick=true              seconds, on a tiny net    out=DIR                 write DIR/bench.json (entries that it
-  against=FILE margin=0.25   of check                                       holds are kept unless measured now)
-"""
-SHORT = ("float/*", "step/pact", "step/lsq", "step/dorefa", "step/flexor", "data/augment", "start/help", "start/list")
+SHORT = (
+    "float/*", "step/pact", "step/lsq", "step/dorefa", "step/flexor", "memory/*", "data/augment", "start/help",
+    "start/list",
+)  # fmt: skip
 COMMITTED = "docs/benchmarks.json"
 OPTIONS = (
-    "only", "rounds", "model", "batch", "threads", "kernels", "precision", "peers", "quick", "out", "against", "margin",
-    "debug",
+    "only", "device", "rounds", "model", "batch", "threads", "kernels", "precision", "peers", "quick", "out", "against",
+    "margin", "debug",
 )  # fmt: skip
 
 
 def main(args: Sequence[str]) -> int:
     """`qbench bench ARGS`; returns the exit status."""
-    if args and args[0] in ("help", "-h", "--help"):
-        print(USAGE)
-        return 0
     verb = args[0] if args and "=" not in args[0] else "run"
     if verb not in ("run", "check", "page"):
         raise unknown("bench command", verb, ("check", "page"))
@@ -65,7 +54,7 @@ def _words(args: Sequence[str]) -> dict[str, str]:
         if name not in OPTIONS or not equals:
             hint = nearest(name, OPTIONS)
             raise UserError(
-                f"unknown bench option '{text}'." + (f" Did you mean '{hint}='?" if hint else f"\n\n{USAGE}")
+                f"unknown bench option '{text}'." + (f" Did you mean '{hint}='?" if hint else f"\n\n{HELP['bench']}")
             )
         words[name] = value
     return words
@@ -89,6 +78,7 @@ def _truth(name: str, text: str) -> bool:
 
 def _setting(words: dict[str, str], only: tuple[str, ...]) -> Setting:
     quick = _truth("quick", words.get("quick", "false"))
+    on_gpu = words.get("device") == "cuda"
     setting = Setting(
         only=tuple(words["only"].split(",")) if "only" in words else only,
         models=tuple(words.get("model", "tiny" if quick else "resnet20").split(",")),
@@ -96,15 +86,16 @@ def _setting(words: dict[str, str], only: tuple[str, ...]) -> Setting:
         rounds=_number("rounds", words.get("rounds", "2" if quick else "5"), 1),
         threads=_number("threads", words["threads"], 1) if "threads" in words else None,
         kernels=tuple(words.get("kernels", "auto").split(",")),
-        precisions=tuple(words.get("precision", "fp32,bf16").split(",")),
+        precisions=tuple(words.get("precision", "fp32,tf32,bf16" if on_gpu else "fp32,bf16").split(",")),
         peers=_truth("peers", words.get("peers", "false")),
         quick=quick,
+        device=words.get("device", "auto"),
         out=Path(words["out"]) if "out" in words else None,
     )
     for name, values, allowed in (
         ("model", setting.models, catalog.names("model")),
-        ("kernels", setting.kernels, ("auto", "cpp", "numba", "torch")),
-        ("precision", setting.precisions, ("fp32", "bf16")),
+        ("kernels", setting.kernels, ("auto", "cpp", "numba", "compile", "torch")),
+        ("precision", setting.precisions, ("fp32", "tf32", "bf16") if on_gpu else ("fp32", "bf16")),
     ):
         for value in values:
             if value not in allowed:
@@ -114,6 +105,8 @@ def _setting(words: dict[str, str], only: tuple[str, ...]) -> Setting:
 
 def jobs(s: Setting) -> dict[str, Callable[[], Iterator[Entry]]]:
     """{name: what measures it} of all that can be measured with this setting, in the order of the page."""
+    if s.device == "cuda":
+        return gpu.jobs(s)
     found: dict[str, Callable[[], Iterator[Entry]]] = {
         "float/train": partial(speed.float_train, s),
         "float/eval": partial(speed.float_eval, s),
@@ -121,12 +114,16 @@ def jobs(s: Setting) -> dict[str, Callable[[], Iterator[Entry]]]:
     found |= {f"step/{m}": partial(speed.steps, s, m) for m in speed.methods(s)}
     if s.peers:
         found |= {f"peer/{p}": partial(speed.peer_steps, s, p) for p in peers.PEERS}
+    if not s.quick:
+        found["depthwise/*"] = partial(speed.depthwise, s)
+    found |= {f"memory/{m}": partial(memory.steps, s, m) for m in memory.METHODS}
     found["data/augment"] = partial(whole.augment, s)
     if not s.quick:
         found |= {"data/decode": partial(whole.decoding, s), "data/stream": partial(whole.streaming, s)}
     found |= {"cost/*": partial(whole.records, s), "start/*": partial(whole.start, s)}
     if not s.quick:
-        found |= {"sweep/12": partial(whole.sweep, s), "accuracy/digits": partial(whole.bf16, s)}
+        found["sweep/12"] = partial(whole.sweep, s)
+        found |= {"accuracy/digits": partial(whole.bf16, s), "accuracy/kernels": partial(whole.kernels, s)}
     return found
 
 
@@ -135,6 +132,7 @@ def measure(s: Setting) -> list[dict[str, Any]]:
 
     Errors: UserError when no name matches.
     """
+    s.place()  # a device that is not here is named at once
     device.keep_freed_memory()
     threads = device.set_threads(s.threads)
     facts = {**machine(), "threads": threads}
@@ -145,7 +143,8 @@ def measure(s: Setting) -> list[dict[str, Any]]:
     s.say(f"{facts['cpu']}, {facts['cores']} cores, {threads} threads, torch {facts['torch']}\n")
     s.say(f"{'':<27}{'mode':<22}{'ratio':>7}{'ms':>10}{'images/s':>10}   relative to")
     began, entries = time.monotonic(), []
-    for job in chosen.values():
+    for number, (name, job) in enumerate(chosen.items(), 1):
+        s.say(f"[{number}/{len(chosen)}] {name}, after {time.monotonic() - began:.0f} s")
         for entry in job():
             if s.wants(entry.name):
                 entries.append({**entry.plain(), "machine": facts})
@@ -161,9 +160,10 @@ def _inside(group: str, only: Sequence[str]) -> bool:
 
 def line(entry: Entry) -> str:
     """One entry on the screen."""
+    took = f"{entry.seconds * 1e3:>10.2f}" if entry.seconds is not None else " " * 10
     speed = f"{entry.images_per_s:>10,.0f}" if entry.images_per_s else " " * 10
     name = entry.name if entry.model in (None, "resnet20") else f"{entry.name} {entry.model}"
-    return f"{name:<27}{entry.mode:<22}{entry.ratio:>7.3f}{entry.seconds * 1e3:>10.2f}{speed}   {entry.of}"
+    return f"{name:<27}{entry.mode:<22}{entry.ratio:>7.3f}{took}{speed}   {entry.of}"
 
 
 def machine() -> dict[str, Any]:
@@ -207,7 +207,7 @@ def write(out: Path | None, entries: list[dict[str, Any]]) -> None:
 
 
 def worse(new: list[dict[str, Any]], old: list[dict[str, Any]], margin: float) -> list[str]:
-    """The things whose ratio grew by more than `margin` (0.25: a quarter), with both ratios.
+    """The things whose ratio grew (of accuracies: fell) by more than `margin` (0.25: a quarter), with both ratios.
 
     Errors: UserError when the two have nothing in common.
     """
@@ -218,7 +218,7 @@ def worse(new: list[dict[str, Any]], old: list[dict[str, Any]], margin: float) -
     return [
         f"{e['name']} {e['mode']}: {b['ratio']} -> {e['ratio']}"
         for e, b in common
-        if e["ratio"] > b["ratio"] * (1 + margin)
+        if (b["ratio"] / e["ratio"] if e["name"].startswith("accuracy/") else e["ratio"] / b["ratio"]) > 1 + margin
     ]
 
 

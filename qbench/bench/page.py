@@ -17,11 +17,14 @@ SECTIONS = {
     "float": "Float nets: what precision and memory format do",
     "step": "The training step of every method, relative to the stock float step of the same net and precision",
     "peer": "The same net in other libraries, relative to the same step",
+    "depthwise": "Nets of depthwise convolutions, batch 32",
+    "memory": "Peak memory of a training step, beside parameters, optimizer state and the batch",
     "data": "Data",
     "cost": "Checkpoints and records, as a share of the training that they interrupt",
     "start": "The start of the program",
     "sweep": "A sweep of twelve runs",
-    "accuracy": "What bf16 costs in accuracy",
+    "accuracy": "What bf16 and the kernels cost in accuracy",
+    "gpu": "On a GPU",
 }
 
 
@@ -55,10 +58,21 @@ def _rows(head: list[str], rows: list[list[str]]) -> str:
 
 def _plain(entries: list[Entry]) -> str:
     """One row per entry."""
+    head = ["what", "mode", "ratio", "time", "images/s", "memory", "accuracy", "against", "auto takes"]
     rows = [
-        [e["name"], _mode(e), f"{e['ratio']:.3g}", _seconds(e["seconds"]), _speed(e), _accuracy(e)] for e in entries
+        [
+            e["name"],
+            _mode(e),
+            f"{e['ratio']:.3g}",
+            _seconds(e["seconds"]) if "seconds" in e else "",
+            _speed(e),
+            _memory(e),
+            _accuracy(e, ""),
+            _accuracy(e, "base_"),
+            (e.get("values") or {}).get("auto", ""),
+        ]
+        for e in entries
     ]
-    head = ["what", "mode", "ratio", "time", "images/s", "accuracy"]
     used = [i for i in range(len(head)) if any(row[i] for row in rows)]
     return _rows([head[i] for i in used], [[row[i] for i in used] for row in rows])
 
@@ -75,9 +89,14 @@ def _speed(e: Entry) -> str:
     return f"{e['images_per_s']:,.0f}" if "images_per_s" in e else ""
 
 
-def _accuracy(e: Entry) -> str:
+def _memory(e: Entry) -> str:
     values = e.get("values") or {}
-    return f"{values['mean']:.2f} ± {values['std']:.2f} %" if "std" in values else ""
+    return f"{values['bytes'] / 2**20:.0f} MiB" if "bytes" in values else ""
+
+
+def _accuracy(e: Entry, which: str) -> str:
+    values = e.get("values") or {}
+    return f"{values[f'{which}mean']:.2f} ± {values[f'{which}std']:.2f} %" if f"{which}std" in values else ""
 
 
 def _steps(entries: list[Entry]) -> str:

@@ -37,6 +37,7 @@ class Setting:
     precisions: tuple[str, ...] = ("fp32", "bf16")
     peers: bool = False
     quick: bool = False
+    device: str = "auto"
     out: Path | None = None
     say: Callable[[str], None] = print
     known: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
@@ -57,7 +58,7 @@ class Setting:
 
     def place(self) -> torch.device:
         """Where the benchmark computes."""
-        return device.pick("auto")
+        return device.pick(self.device)
 
 
 def use_kernels(mode: str) -> str:

@@ -3,11 +3,12 @@
 import multiprocessing
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from statistics import median
 from typing import Any
 
-from qbench import catalog, device
+from qbench import catalog, device, precision
 from qbench.bench import peers
 from qbench.bench.setting import (
     Setting,
@@ -19,11 +20,14 @@ from qbench.bench.setting import (
     use_kernels,
 )
 from qbench.bench.timing import Act, Entry, alternate, ratio
+from qbench.build import make_model
+from qbench.data import load
 from qbench.errors import UserError
 from qbench.resolve import NotApplicable
 
 FORMATS = {"nchw": False, "channels_last": True}
 QUICK = ("float", "pact", "lsq", "dorefa")
+DEPTHWISE = ("mobilenet_v1", "mobilenet_v2")
 
 
 def float_train(s: Setting) -> Iterator[Entry]:
@@ -71,28 +75,28 @@ def steps(s: Setting, method: str) -> Iterator[Entry]:
         try:
             config = s.config(method, model)
             if trains(config):
-                for precision in s.precisions:
+                for numbers in s.precisions:
                     for mode in s.kernels:
-                        yield _step(s, method, model, config, precision, mode)
+                        yield _step(s, method, model, config, numbers, mode)
         except (NotApplicable, UserError) as error:
             s.say(f"  step/{method} on {model}: left out ({error})")
 
 
-def _step(s: Setting, method: str, model: str, config: dict[str, Any], precision: str, kernels: str) -> Entry:
+def _step(s: Setting, method: str, model: str, config: dict[str, Any], numbers: str, kernels: str) -> Entry:
     place = s.place()
-    base = stock_step(s.config("float", model), place, precision)
+    base = stock_step(s.config("float", model), place, numbers)
     tier = use_kernels(kernels)
     try:
-        times = alternate({"base": base, "own": method_step(config, place, precision)}, s.rounds)
+        times = alternate({"base": base, "own": method_step(config, place, numbers)}, s.rounds, warm=1)
     finally:
         use_kernels("torch")
         forget()
     took = median(times["own"])
     return Entry(
         name=f"step/{method}",
-        mode=f"{precision}/{tier}",
+        mode=f"{numbers}/{tier}",
         ratio=ratio(times["own"], times["base"]),
-        of=f"stock float step, {precision} channels_last",
+        of=f"stock float step, {numbers} channels_last",
         seconds=took,
         base_seconds=median(times["base"]),
         images_per_s=s.batch / took,
@@ -101,6 +105,25 @@ def _step(s: Setting, method: str, model: str, config: dict[str, Any], precision
         rounds=s.rounds,
         values={"w_bits": config["w_bits"], "a_bits": config["a_bits"]},
     )
+
+
+def depthwise(s: Setting) -> Iterator[Entry]:
+    """bf16 on nets of depthwise convolutions, with what precision=auto takes there, and the steps of two methods."""
+    for model in DEPTHWISE:
+        few = replace(s, batch=min(s.batch, 32), rounds=min(s.rounds, 3), known={})
+        config, place = few.config("float", model), s.place()
+        data = load(config["dataset"])
+        shape = (data.channels, data.size, data.classes)
+        times = precision.time_steps(make_model(config, data).to(place), few.batch, shape, place, True)
+        fp32, bf16 = times["fp32"], times["bf16"]
+        taken = {"auto": precision.fastest(times)}
+        of, rate = "the float net in fp32, channels_last", few.batch / bf16
+        yield Entry("depthwise/float", "bf16", bf16 / fp32, of, bf16, fp32, rate, model, few.batch, values=taken)
+        for method in ("pact", "lsq"):
+            for numbers in s.precisions:
+                for mode in s.kernels:
+                    entry = _step(few, method, model, few.config(method, model), numbers, mode)
+                    yield replace(entry, name=f"depthwise/{method}")
 
 
 def peer_steps(s: Setting, name: str) -> Iterator[Entry]:

@@ -11,18 +11,20 @@ Act = Callable[[], object]
 
 @dataclass(frozen=True)
 class Entry:
-    """One measured thing. ratio: `seconds` over `base_seconds` round by round, so that below 1 is faster than `of`.
+    """One measured thing. ratio: `seconds` over `base_seconds` round by round, so that below 1 is faster than `of`; of
+    memory below 1 is less, of accuracies above 1 is better.
 
     name: what, as in step/pact. mode: in which variant, as in fp32/compiler. of: what the ratio is relative to.
-    seconds, base_seconds: medians. images_per_s: where images are what counts. values: further numbers by name.
+    seconds, base_seconds: medians, where the ratio is one of times. images_per_s: where images are what counts.
+    values: further numbers by name.
     """
 
     name: str
     mode: str
     ratio: float
     of: str
-    seconds: float
-    base_seconds: float
+    seconds: float | None = None
+    base_seconds: float | None = None
     images_per_s: float | None = None
     model: str | None = None
     batch: int | None = None

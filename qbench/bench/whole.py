@@ -25,6 +25,14 @@ from qbench.recorder import Recorder
 from qbench.trainer import LOGS_PER_EPOCH
 
 CIFAR_STEPS = 390  # full batches of 128 in an epoch of 50,000
+DIGITS = (
+    "hydra/launcher=joblib",
+    "dataset=digits",
+    "seed=0,1,2",
+    "train.epochs=10",
+    "parent.epochs=10",
+    "tensorboard=false",
+)
 # Runs the command line up to the first training step.
 FIRST_STEP = """
 import os, sys
@@ -152,7 +160,7 @@ def start(s: Setting) -> Iterator[Entry]:
         if not s.quick:
             words["run"] = first
         acts: dict[str, Act] = {name: _process(line) for name, line in words.items()}
-        times = alternate(acts, max(3, s.rounds), warm=1)
+        times = alternate(acts, 3, warm=1)
     for name in words:
         if name != "base":
             pair = {"own": times[name], "base": times["base"]}
@@ -186,7 +194,12 @@ def _results(words: list[str], out: str) -> tuple[float, list[dict[str, Any]]]:
 
 
 def sweep(s: Setting) -> Iterator[Entry]:
-    """Twelve runs and their two float parents side by side, against what their training alone takes."""
+    """Twelve runs and their two float parents side by side, against what their training alone takes.
+
+    A run's own seconds are those of its training loop (steps, evaluations, records) while others run beside it, so that
+    what the processes cost each other is in them: over the workers they are the seconds of the runs one by one, divided
+    by what running them in parallel gains. Start, parents' hand-over, calibration, pictures and idle ends are not.
+    """
     words = ["hydra/launcher=joblib", "method=pact,lsq,dorefa", "bits=2,4", "seed=0,1"]
     words += ["model=tiny", "dataset=digits", "train.epochs=150"]
     with tempfile.TemporaryDirectory(prefix="qbench-bench-") as folder:
@@ -206,21 +219,35 @@ def sweep(s: Setting) -> Iterator[Entry]:
 
 def bf16(s: Setting) -> Iterator[Entry]:
     """The accuracy of float ResNet-20 on the digits, trained in fp32 and in bf16, three seeds each."""
-    words = ["method=float", "precision=fp32,bf16", "seed=0,1,2", "model=resnet20", "dataset=digits"]
+    words = [*DIGITS, "method=float", "precision=fp32,bf16", "model=resnet20"]
     with tempfile.TemporaryDirectory(prefix="qbench-bench-") as folder:
-        found = _results([*words, "tensorboard=false"], f"{folder}/o")[1]
+        found = _results(words, f"{folder}/o")[1]
     of = {p: [r for r in found if r["precision"] == p] for p in ("fp32", "bf16")}
-    accuracy = {p: [float(r["accuracy_last"]) for r in rs] for p, rs in of.items()}
-    seconds = {p: median(r["seconds"] for r in rs) for p, rs in of.items()}
-    for p, values in accuracy.items():
-        yield Entry(
-            "accuracy/digits",
-            p,
-            mean(values) / mean(accuracy["fp32"]),
-            "the mean accuracy in fp32",
-            seconds[p],
-            seconds["fp32"],
-            model="resnet20",
-            rounds=len(values),
-            values={"mean": mean(values), "std": stdev(values), "accuracies": values},
-        )
+    for p, runs in of.items():
+        yield _accuracy("accuracy/digits", p, runs, of["fp32"], "the mean accuracy in fp32")
+
+
+def kernels(s: Setting) -> Iterator[Entry]:
+    """The accuracy of ResNet-8 on the digits, trained through the kernels and through the reference, three seeds."""
+    both = [*DIGITS, "kernels=auto,torch", "model=resnet20", "model.depth=8"]
+    with tempfile.TemporaryDirectory(prefix="qbench-bench-") as folder:
+        for words in (["method=pact,bireal"], ["method=lsq", "bits=2"]):
+            found = _results([*both, *words], f"{folder}/o")[1]
+    found = [r for r in found if r["method"] != "float"]
+    for method in sorted({r["method"] for r in found}):
+        own = [r for r in found if r["method"] == method]
+        reference = [r for r in own if r["kernels"] == "torch"]
+        compiled = [r for r in own if r["kernels"] != "torch"]
+        if compiled:  # else there are no kernels here
+            mode = f"{method} {own[0]['w_bits']:g}/{own[0]['a_bits']:g}"
+            yield _accuracy("accuracy/kernels", mode, compiled, reference, "the mean accuracy with kernels=torch")
+
+
+def _accuracy(name: str, mode: str, own: list[dict[str, Any]], base: list[dict[str, Any]], of: str) -> Entry:
+    """The runs `own` against the runs `base`: means, and standard deviations over the seeds."""
+    found, expected = ([float(r["accuracy_last"]) for r in runs] for runs in (own, base))
+    values = {"mean": mean(found), "std": stdev(found), "accuracies": found}
+    values |= {"base_mean": mean(expected), "base_std": stdev(expected), "base_accuracies": expected}
+    seconds, base_seconds = (median(r["seconds"] for r in runs) for runs in (own, base))
+    share = mean(found) / mean(expected)
+    return Entry(name, mode, share, of, seconds, base_seconds, model="resnet20", rounds=len(found), values=values)

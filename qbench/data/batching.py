@@ -124,13 +124,14 @@ class Batches:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of `epoch`, from step `start` on; bit-identical to the same steps of the whole epoch."""
         self.layout.check_start(start)
-        order = order_of(self.layout.total, self.seed, epoch, self.shuffle).to(self.images.device)
+        device = self.images.device
+        order = _sent(order_of(self.layout.total, self.seed, epoch, self.shuffle), device)
         crops = self._crops(epoch)
         pixels_per_step = self.images[0, :, :, 0].numel() * self.layout.batch_size // self.layout.world
         per_chunk = max(1, CHUNK // pixels_per_step)
         for first in range(start, len(self), per_chunk):
             pieces = [self.layout.positions(step) for step in range(first, min(first + per_chunk, len(self)))]
-            positions = torch.cat([torch.arange(piece.start, piece.stop) for piece in pieces]).to(order.device)
+            positions = torch.cat([torch.arange(piece.start, piece.stop, device=device) for piece in pieces])
             images, labels = self.images[order[positions]], self.labels[order[positions]]
             if crops is not None:
                 top, left, flip = (values[positions] for values in crops)
@@ -149,7 +150,12 @@ class Batches:
         left = torch.randint(shifts, (total,), generator=random)
         flip = torch.rand(total, generator=random) < (0.5 if self.augment == "crop_flip" else 0.0)
         device = self.images.device
-        return top.to(device), left.to(device), flip.to(device)
+        return _sent(top, device), _sent(left, device), _sent(flip, device)
+
+
+def _sent(values: Tensor, device: torch.device) -> Tensor:
+    """`values` on `device`; the host does not wait for a GPU to take them."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 class Normalize:
