@@ -10,8 +10,9 @@ HEAD = """\
 # Benchmarks
 
 Made from `benchmarks.json` by `make bench-page`; measured with `make bench`. Everything is a ratio of medians taken
-in turn in one process, so that a slow minute of the machine hits both sides. `make bench-check` holds a later version
-to these ratios.
+in turn in one process, so that a slow minute of the machine hits both sides. The stock step is that of a plain PyTorch
+loop over the same net, with its shortcuts written as slices, as the usual code has them. `make bench-check` holds a
+later version to these ratios.
 """
 SECTIONS = {
     "float": "Float nets: what precision and memory format do",

@@ -4,6 +4,7 @@ import gc
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 from qbench import device, evaluation
 from qbench.build import make_method, make_model, place_net, quantize
 from qbench.data import DataSet, load
+from qbench.models.parts import ShortcutA
 from qbench.overrides import resolve_row
 from qbench.recipe import Recipe
 from qbench.run import Run, make_batches
@@ -86,10 +88,21 @@ def images(config: dict[str, Any], place: torch.device, channels_last: bool = Tr
 def stock_step(
     config: dict[str, Any], place: torch.device, precision: str, channels_last: bool = True
 ) -> Callable[[], None]:
-    """A training step of the float net as a plain PyTorch loop does it: eager, no kernel of ours."""
+    """A training step of the float net as a plain PyTorch loop does it: eager, no kernel of ours.
+
+    Shortcuts without parameters are slices, as the usual code for these nets has them.
+    """
     data, x, y = images(config, place, channels_last)
     model = place_net(make_model(config, data), place, channels_last).train()
+    for module in model.modules():
+        if isinstance(module, ShortcutA):
+            module.forward = partial(_sliced, module)  # type: ignore[method-assign]
     return plain_step(model, x, y, place, precision)
+
+
+def _sliced(shortcut: ShortcutA, x: Tensor) -> Tensor:
+    step = shortcut.stride
+    return F.pad(x[:, :, ::step, ::step], (0, 0, 0, 0, shortcut.front, shortcut.back))
 
 
 def plain_step(model: nn.Module, x: Tensor, y: Tensor, place: torch.device, precision: str) -> Callable[[], None]:
