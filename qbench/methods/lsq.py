@@ -51,35 +51,31 @@ def _plain(w: Tensor) -> bool:
 
 
 class _QuantizeAll(torch.autograd.Function):
-    """The same for all weights of a net at once: the steps, then the weights; (lo, hi) and `scale` of each.
+    """The same for all weights of a net, in few passes: the steps, then the weights; (lo, hi) and `scale` of each.
 
     The backward computes w / step again, which takes no time, rather than keep two tensors as large as the weights.
     """
 
     @staticmethod
     def forward(ctx: Any, bounds: list[tuple[int, int]], scale: list[float], *tensors: Tensor) -> tuple[Tensor, ...]:
-        steps, ws = torch._foreach_clamp_min(tensors[: len(scale)], SMALLEST), tensors[len(scale) :]
-        ctx.bounds, ctx.scale = tuple(zip(*bounds, strict=True)), scale
-        ctx.save_for_backward(*steps, *ws)
-        return tuple(torch._foreach_mul(torch._foreach_round(_clipped(ws, steps, *ctx.bounds)), steps))
+        ctx.bounds, ctx.scale = bounds, scale
+        ctx.save_for_backward(*tensors)
+        hats = []
+        for step, w, (lo, hi) in zip(tensors[: len(scale)], tensors[len(scale) :], bounds, strict=True):
+            s = step.clamp_min(SMALLEST)
+            hats.append((w / s).clamp_(lo, hi).round_().mul_(s))
+        return tuple(hats)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         steps, ws = ctx.saved_tensors[: len(grads)], ctx.saved_tensors[len(grads) :]
-        los, his = ctx.bounds
-        z = _clipped(ws, steps, los, his)
-        inside = torch._foreach_mul(torch._foreach_sub(z, los), torch._foreach_sub(z, his))
-        torch._foreach_sign_(inside)
-        torch._foreach_neg_(inside)  # 1 where lo < z < hi, 0 where z was clipped to either
-        slopes = torch._foreach_sub(torch._foreach_round(z), torch._foreach_mul(z, inside))
-        d_steps = [p.sum() * scale for p, scale in zip(torch._foreach_mul(slopes, grads), ctx.scale, strict=True)]
-        return None, None, *d_steps, *torch._foreach_mul(inside, grads)
-
-
-def _clipped(ws: tuple[Tensor, ...], steps: tuple[Tensor, ...], los: tuple[int, ...], his: tuple[int, ...]) -> Any:
-    """w / step of each weight, clipped to its lo..hi."""
-    return torch._foreach_clamp_max(torch._foreach_clamp_min(torch._foreach_div(ws, steps), los), his)
+        d_steps, d_ws = [], []
+        for g, step, w, (lo, hi), scale in zip(grads, steps, ws, ctx.bounds, ctx.scale, strict=True):
+            z = (w / step.clamp_min(SMALLEST)).clamp_(lo, hi)
+            d_ws.append(torch.ops.aten.hardtanh_backward(g, z, lo, hi))  # g where lo < z < hi, else 0
+            d_steps.append(z.round().mul_(g).addcmul_(d_ws[-1], z, value=-1).sum() * scale)
+        return None, None, *d_steps, *d_ws
 
 
 class LSQ(Quantizer):
