@@ -18,6 +18,16 @@ def test_shortcut_a_subsamples_and_pads_with_zeros():
         ShortcutA(5, 2, 1)
 
 
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_the_gradient_of_shortcut_a_is_that_of_a_slice_in_the_layout_of_the_net(layout: torch.memory_format):
+    x, g = torch.randn(2, 4, 7, 5), torch.randn(2, 8, 4, 3)
+    own, usual = (x.clone().contiguous(memory_format=layout).requires_grad_() for _ in range(2))
+    ShortcutA(4, 8, 2)(own).backward(g.contiguous(memory_format=layout))
+    torch.nn.functional.pad(usual[:, :, ::2, ::2], (0, 0, 0, 0, 2, 2)).backward(g)
+    assert torch.equal(own.grad, usual.grad)
+    assert own.grad.is_contiguous(memory_format=layout)
+
+
 def test_he_initialization():
     torch.manual_seed(0)
     model = MobileNetV1(channels=3, classes=10, size=32)
