@@ -22,7 +22,7 @@ class Add(nn.Module):
 
 
 class _Shortcut(torch.autograd.Function):
-    """A slice with zeros round it. The gradient of torch's slice is not channels_last, and is copied wherever it goes."""
+    """A slice with zeros round it; the gradient of torch's slice is not channels_last, and copied wherever it goes."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, stride: int, front: int, back: int) -> Tensor:
