@@ -14,6 +14,8 @@ import torch.multiprocessing as mp
 from qbench import device
 from qbench.errors import UserError
 
+LOST = "lost another worker"
+
 
 def in_workers(config: dict[str, Any], workers: int) -> dict[str, Any]:
     """Execute `config` in `workers` processes that average their gradients; returns the result.
@@ -38,7 +40,8 @@ def in_workers(config: dict[str, Any], workers: int) -> dict[str, Any]:
         except mp.ProcessExitedException as error:  # type: ignore[attr-defined]
             ended = str(error)
         notes = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))]
-    note = next((n for n in notes if "result" not in n), None)
+    note = next((n for n in notes if "result" not in n and n["kind"] != LOST), None)
+    ended = ended or next((n["error"] for n in notes if n.get("kind") == LOST), "")
     if note is None and not ended:
         return dict(notes[0]["result"])
     if note is None:
@@ -66,7 +69,10 @@ def _work(rank: int, workers: int, config: dict[str, Any], folder: str) -> None:
     except (UserError, Interrupted) as error:
         note = {"kind": type(error).__name__, "error": str(error)}
     except Exception as error:
-        note = {"kind": "Exception", "error": traceback.format_exc() if config["debug"] else repr(error)}
+        # what gloo and NCCL say when another worker is gone is not the cause
+        lost = isinstance(error, dist.DistError) or "gloo" in str(error)
+        told = traceback.format_exc() if config["debug"] else repr(error)
+        note = {"kind": LOST if lost else "Exception", "error": told}
     (Path(folder) / f"{rank}.json").write_text(json.dumps(note))
     if "result" not in note:  # the others may wait for this worker in vain: end them all
         os._exit(0 if rank == 0 else 1)
