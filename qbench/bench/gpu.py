@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from multiprocessing.connection import Connection
-from statistics import median
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from qbench import device
 from qbench.bench.setting import Setting, forget, stock_step, trainer, trains, use_kernels
-from qbench.bench.timing import Act, Entry, alternate, ratio
+from qbench.bench.timing import Act, Entry, alternate, compared
 from qbench.captured import WARM
 from qbench.data import Batches, Split
 from qbench.errors import UserError
@@ -88,20 +87,19 @@ def _steps(s: Setting, method: str, model: str, config: dict[str, Any], precisio
     else:
         s.say(f"  gpu/step/{method}: no graph, {recorded.eager}")
     times = alternate({name: partial(seconds, place, act, count) for name, act in acts.items()}, s.rounds)
+    of = "stock float step, op by op, same precision"
+    values = {"w_bits": config["w_bits"], "a_bits": config["a_bits"]}
     for mode in list(acts)[1:]:
-        took = median(times[mode])
-        yield Entry(
-            name=f"gpu/step/{method}",
-            mode=f"{precision}/{mode}",
-            ratio=ratio(times[mode], times["stock"]),
-            of="stock float step, op by op, same precision",
-            seconds=took,
-            base_seconds=median(times["stock"]),
-            images_per_s=s.batch / took,
+        yield compared(
+            f"gpu/step/{method}",
+            f"{precision}/{mode}",
+            times,
+            mode,
+            "stock",
+            of,
             model=model,
             batch=s.batch,
-            rounds=s.rounds,
-            values={"w_bits": config["w_bits"], "a_bits": config["a_bits"]},
+            values=values,
         )
 
 
@@ -119,10 +117,8 @@ def data(s: Setting) -> Iterator[Entry]:
 
     step = taken(*trainer(s.config("float", s.models[0]), place, "bf16"))
     times = alternate({"own": epoch, "step": partial(seconds, place, step, _count(s))}, s.rounds)
-    took, base = median(times["own"]), median(times["step"])
     of = "bf16 float step of ours"
-    share = ratio(times["own"], times["step"])
-    yield Entry("gpu/data", "resident", share, of, took, base, s.batch / took, s.models[0], s.batch, s.rounds)
+    yield compared("gpu/data", "resident", times, "own", "step", of, model=s.models[0], batch=s.batch)
 
 
 def side(s: Setting) -> Iterator[Entry]:

@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from multiprocessing.connection import Connection
-from statistics import median
 from typing import Any
 
 from qbench import catalog, device, precision
@@ -19,7 +18,7 @@ from qbench.bench.setting import (
     trains,
     use_kernels,
 )
-from qbench.bench.timing import Act, Entry, alternate, ratio
+from qbench.bench.timing import Act, Entry, alternate, compared
 from qbench.build import make_model
 from qbench.data import load
 from qbench.errors import UserError
@@ -54,12 +53,8 @@ def float_eval(s: Setting) -> Iterator[Entry]:
 
 def _entries(s: Setting, name: str, model: str, acts: dict[str, Act], of: str) -> Iterator[Entry]:
     times = alternate(acts, s.rounds)
-    base = times[next(iter(acts))]
-    for mode, seconds in times.items():
-        took = median(seconds)
-        yield Entry(
-            name, mode, ratio(seconds, base), of, took, median(base), s.batch / took, model, s.batch, len(seconds)
-        )
+    for mode in times:
+        yield compared(name, mode, times, mode, next(iter(times)), of, model=model, batch=s.batch)
     forget()
 
 
@@ -91,20 +86,10 @@ def _step(s: Setting, method: str, model: str, config: dict[str, Any], numbers: 
     finally:
         use_kernels("torch")
         forget()
-    took = median(times["own"])
-    return Entry(
-        name=f"step/{method}",
-        mode=f"{numbers}/{tier}",
-        ratio=ratio(times["own"], times["base"]),
-        of=f"stock float step, {numbers} channels_last",
-        seconds=took,
-        base_seconds=median(times["base"]),
-        images_per_s=s.batch / took,
-        model=model,
-        batch=s.batch,
-        rounds=s.rounds,
-        values={"w_bits": config["w_bits"], "a_bits": config["a_bits"]},
-    )
+    of = f"stock float step, {numbers} channels_last"
+    values = {"w_bits": config["w_bits"], "a_bits": config["a_bits"]}
+    mode = f"{numbers}/{tier}"
+    return compared(f"step/{method}", mode, times, "own", "base", of, model=model, batch=s.batch, values=values)
 
 
 def depthwise(s: Setting) -> Iterator[Entry]:
@@ -136,19 +121,10 @@ def peer_steps(s: Setting, name: str) -> Iterator[Entry]:
             s.say(f"  peer/{name}: not installed ({error})")
             return
         times = alternate({"base": stock_step(config, place, "fp32"), "peer": step}, s.rounds, warm=peers.WARM[name])
-        took = median(times["peer"])
-        yield Entry(
-            name=f"peer/{name}",
-            mode="fp32/torch",
-            ratio=ratio(times["peer"], times["base"]),
-            of="stock float step, fp32 channels_last",
-            seconds=took,
-            base_seconds=median(times["base"]),
-            images_per_s=s.batch / took,
-            model=model,
-            batch=s.batch,
-            rounds=s.rounds,
-            values={"w_bits": bits, "a_bits": bits, "version": version},
+        of = "stock float step, fp32 channels_last"
+        values = {"w_bits": bits, "a_bits": bits, "version": version}
+        yield compared(
+            f"peer/{name}", "fp32/torch", times, "peer", "base", of, model=model, batch=s.batch, values=values
         )
         forget()
 

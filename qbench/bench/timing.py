@@ -57,3 +57,21 @@ def alternate(acts: Mapping[str, Act], rounds: int, warm: int = 2) -> dict[str, 
 def ratio(seconds: list[float], base: list[float]) -> float:
     """The median of the rounds' ratios."""
     return median(a / b for a, b in zip(seconds, base, strict=True))
+
+
+def compared(
+    name: str,
+    mode: str,
+    times: Mapping[str, list[float]],
+    own: str,
+    base: str,
+    of: str,
+    *,
+    model: str,
+    batch: int,
+    values: dict[str, Any] | None = None,
+) -> Entry:
+    """The Entry of a step of `batch` images: times[own] beside times[base], as `alternate` measured them."""
+    took = median(times[own])
+    share, of_base = ratio(times[own], times[base]), median(times[base])
+    return Entry(name, mode, share, of, took, of_base, batch / took, model, batch, len(times[own]), values)

@@ -1,7 +1,6 @@
 """LSQ: Learned Step Size Quantization (arXiv 1902.08153)."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,67 +14,33 @@ SMALLEST = 1e-6  # the step is read as at least this: the optimizer may carry it
 
 
 @ops.formula
-def _quantize(x: Tensor, step: Tensor, lo: int, hi: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(x_hat, where nothing was clipped, d x_hat / d step)."""
+def _quantize(x: Tensor, step: Tensor, lo: int, hi: int) -> Tensor:
     s = step.clamp_min(SMALLEST)
-    z = x.float() / s
-    code = z.clamp(lo, hi).round_()
-    inside = (z > lo) & (z < hi)
-    # z * inside would be inf * 0 where x / s overflows
-    slope = code - z.masked_fill_(~inside, 0)
-    return code.mul_(s).to(x.dtype), inside, slope
+    return (x.float() / s).clamp_(lo, hi).round_().mul_(s).to(x.dtype)
 
 
 @ops.formula
-def _quantize_backward(g: Tensor, inside: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
-    return g * inside, (slope * g).sum()
+def _quantize_backward(g: Tensor, x: Tensor, step: Tensor, lo: int, hi: int) -> tuple[Tensor, Tensor]:
+    z = (x.float() / step.clamp_min(SMALLEST)).clamp_(lo, hi)
+    wide = g.float()
+    dx = torch.ops.aten.hardtanh_backward(wide, z, lo, hi)  # g where lo < z < hi, else 0
+    return dx.to(g.dtype), z.round().mul_(wide).addcmul_(dx, z, value=-1).sum()
 
 
 class _Quantize(torch.autograd.Function):
+    """The backward computes x / step again, which takes no time, rather than keep tensors as large as x."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, step: Tensor, lo: int, hi: int, scale: float) -> Tensor:
-        y, *saved = _quantize(x, step, lo, hi)
-        ctx.save_for_backward(*saved)
-        ctx.scale = scale
-        return y  # type: ignore[no-any-return]
+        ctx.save_for_backward(x, step)
+        ctx.bounds, ctx.scale = (lo, hi), scale
+        return _quantize(x, step, lo, hi)  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
-        dx, dstep = _quantize_backward(grads[0], *ctx.saved_tensors)
+        dx, dstep = _quantize_backward(grads[0], *ctx.saved_tensors, *ctx.bounds)
         return dx, dstep * ctx.scale, None, None, None
-
-
-def _plain(w: Tensor) -> bool:
-    return w.device.type == "cpu" and w.dtype == torch.float32
-
-
-class _QuantizeAll(torch.autograd.Function):
-    """The same for all weights of a net, in few passes: the steps, then the weights; (lo, hi) and `scale` of each.
-
-    The backward computes w / step again, which takes no time, rather than keep two tensors as large as the weights.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, bounds: list[tuple[int, int]], scale: list[float], *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.bounds, ctx.scale = bounds, scale
-        ctx.save_for_backward(*tensors)
-        hats = []
-        for step, w, (lo, hi) in zip(tensors[: len(scale)], tensors[len(scale) :], bounds, strict=True):
-            s = step.clamp_min(SMALLEST)
-            hats.append((w / s).clamp_(lo, hi).round_().mul_(s))
-        return tuple(hats)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> Any:
-        steps, ws = ctx.saved_tensors[: len(grads)], ctx.saved_tensors[len(grads) :]
-        d_steps, d_ws = [], []
-        for g, step, w, (lo, hi), scale in zip(grads, steps, ws, ctx.bounds, ctx.scale, strict=True):
-            z = (w / step.clamp_min(SMALLEST)).clamp_(lo, hi)
-            d_ws.append(torch.ops.aten.hardtanh_backward(g, z, lo, hi))  # g where lo < z < hi, else 0
-            d_steps.append(z.round().mul_(g).addcmul_(d_ws[-1], z, value=-1).sum() * scale)
-        return None, None, *d_steps, *d_ws
 
 
 class LSQ(Quantizer):
@@ -137,15 +102,6 @@ class LSQ(Quantizer):
 
     def quantize(self, x: Tensor) -> Tensor:
         return _Quantize.apply(x, self.step, *self.bounds, self.slope(x.shape))  # type: ignore[no-any-return, no-untyped-call]
-
-    @classmethod
-    def quantize_all(cls, weights: Sequence[Tensor], quantizers: Sequence[Quantizer]) -> list[Tensor]:
-        """All layers in one pass on the CPU."""
-        qs = [q for q, w in zip(quantizers, weights, strict=True) if isinstance(q, LSQ) and q.enabled and _plain(w)]
-        if len(qs) < len(weights) or cls.quantize is not LSQ.quantize:
-            return super().quantize_all(weights, quantizers)
-        scales = [q.slope(w.shape) for q, w in zip(qs, weights, strict=True)]
-        return list(_QuantizeAll.apply([q.bounds for q in qs], scales, *[q.step for q in qs], *weights))  # type: ignore[no-untyped-call]
 
     def kernel(self, shape: torch.Size) -> Kernel:
         lo, hi = self.bounds
