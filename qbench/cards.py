@@ -1,7 +1,7 @@
 """The cards of conf/paper: a paper's table or figure as data. No torch or Hydra here, so that listing them is quick.
 
 A card holds its rows (what is run, and the number that was published), the notes on the paper's protocol, the claims
-about the order of rows, what to plot, and what it costs. `docs/papers.md` describes the fields.
+about the order of rows, what to plot, and what it costs. CONTRIBUTING.md describes the fields.
 """
 
 import itertools

@@ -139,6 +139,15 @@ def test_no_file_names_the_place_where_it_was_written() -> None:
     assert not found, "\n".join(found)
 
 
+def test_the_files_that_the_text_names_are_there() -> None:
+    """foo stands for a name that the reader chooses."""
+    named = re.compile(r"(?<![\w/])(?:docs|tests|conf|scripts|qbench)/[\w/]+\.(?:md|py|yaml|json|png|cpp)\b")
+    texts = [*pages(), ROOT / "Makefile", *(p for f in ("qbench", "conf") for p in (ROOT / f).rglob("*.[py][ya]*"))]
+    told = {name for path in texts if path.suffix != ".pyc" for name in named.findall(path.read_text())}
+    assert len(told) > 10
+    assert not [name for name in sorted(told) if "foo" not in name and not (ROOT / name).exists()]
+
+
 def test_gitignore_leaves_the_source_folders_alone() -> None:
     """Patterns for results and data are anchored at the top, where source folders of the same name would be lost."""
     lines = (ROOT / ".gitignore").read_text().splitlines()
