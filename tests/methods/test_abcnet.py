@@ -128,21 +128,11 @@ def test_errors() -> None:
 
 
 @pytest.mark.parametrize(("w_bits", "a_bits"), [(3, 3), (5, 1)])
-def test_yaml_on_a_resnet_trains(w_bits: int, a_bits: int) -> None:
+def test_yaml_on_a_resnet_trains(w_bits: int, a_bits: int, still_after_training) -> None:
     method = abcnet(w_bits, a_bits)
     torch.manual_seed(0)
     net = ResNetCIFAR(depth=8, channels=3, classes=10, size=8, preactivation=True)
     surgery.quantize(net, method.rules)
     assert [n for n, m in net.named_modules() if isinstance(m, nn.ReLU)] == ["relu"]
-    before = {name: p.detach().clone() for name, p in net.named_parameters()}
-    optimizer = torch.optim.SGD(net.parameters(), 0.01)
-    x, y = torch.randn(8, 3, 8, 8), torch.arange(8)
-    for _ in range(2):
-        optimizer.zero_grad()
-        with layers.quantized_weights(net):
-            loss = F.cross_entropy(net(x), y)
-        loss.backward()
-        optimizer.step()
-    assert torch.isfinite(loss)
-    still = [name for name, p in net.named_parameters() if torch.equal(p, before[name])]
+    still = still_after_training(net, method, torch.optim.SGD(net.parameters(), 0.01))
     assert not [n for n in still if a_bits > 1 or not n.endswith("beta")]  # batch-norm cancels the one beta

@@ -54,7 +54,7 @@ def test_errors() -> None:
 
 
 @pytest.mark.parametrize("changes", [{}, {"scale": True, "act_gradient": "polynomial"}])
-def test_yaml_on_a_resnet_trains(changes: dict[str, object], still_after_two_steps) -> None:
+def test_yaml_on_a_resnet_trains(changes: dict[str, object], still_after_training) -> None:
     method = bethge(**changes)
     torch.manual_seed(0)
     net = ResNetCIFAR(depth=8, channels=3, classes=10, size=8, shortcut="B", shortcut_per_conv=True)
@@ -62,5 +62,5 @@ def test_yaml_on_a_resnet_trains(changes: dict[str, object], still_after_two_ste
     assert {k for k in kept if "shortcut" in k} == {"layer2.0.shortcut.0", "layer3.0.shortcut.0"}
     assert [n for n, m in net.named_modules() if isinstance(m, nn.ReLU)] == ["layer3.0.relu2"]
     assert (surgery.size(net)["bits_per_weight"] > 1) == bool(changes)
-    still = still_after_two_steps(net, method, torch.optim.Adam(net.parameters(), 1e-3))
+    still = still_after_training(net, method, torch.optim.Adam(net.parameters(), 1e-3))
     assert not still

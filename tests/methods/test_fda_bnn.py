@@ -134,13 +134,13 @@ def test_errors() -> None:
 
 
 @pytest.mark.parametrize("changes", [{}, {"noise": False, "prelu": False}])
-def test_yaml_on_a_resnet_trains_and_stores_no_noise_module(changes: dict[str, object], still_after_two_steps) -> None:
+def test_yaml_on_a_resnet_trains_and_stores_no_noise_module(changes: dict[str, object], still_after_training) -> None:
     method = fda_bnn(**changes)
     torch.manual_seed(0)
     net = ResNetCIFAR(depth=8, channels=3, classes=10, size=8)
     surgery.quantize(net, method.rules)
     assert [n for n, m in net.named_modules() if isinstance(m, nn.ReLU)] == ["layer3.0.relu2"]
-    still = still_after_two_steps(net, method, torch.optim.SGD(net.parameters(), 0.1))
+    still = still_after_training(net, method, torch.optim.SGD(net.parameters(), 0.1))
     assert not still
     noise = sum(p.numel() for m in net.modules() if isinstance(m, Noise) for p in m.parameters())
     assert (noise > 0) == ("noise" not in changes)

@@ -122,10 +122,10 @@ def test_errors() -> None:
 
 
 @pytest.mark.parametrize("changes", [{}, {"scale": "learned", "normalize": True}])
-def test_yaml_on_a_resnet_trains(changes: dict[str, object], still_after_two_steps) -> None:
+def test_yaml_on_a_resnet_trains(changes: dict[str, object], still_after_training) -> None:
     method = recu(**changes)
     torch.manual_seed(0)
     net = ResNetCIFAR(depth=8, channels=3, classes=10, size=8, shortcut_per_conv=True)
     surgery.quantize(net, method.rules)
-    still = still_after_two_steps(net, method, torch.optim.SGD(net.parameters(), 0.1))
+    still = still_after_training(net, method, torch.optim.SGD(net.parameters(), 0.1))
     assert not [name for name in still if not name.endswith("alpha")]  # the batch-norm behind cancels a learned scale
