@@ -1,6 +1,7 @@
 """BinaryConnect: binary weights while propagating, real ones while updating. Reference: arXiv 1511.00363"""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -143,17 +144,18 @@ class Latents(Hook):
 class OutputNorm(QuantLayer):
     """The last layer with a batch-norm behind it in place of its bias, as in the authors' nets: sums of +-H are large.
 
-    Its scale and shift start at 1 and 0. (N, in) -> (N, classes).
+    Its scale and shift start at 1 and 0; `norm` may put another in its place. (N, in) -> (N, classes).
 
     Errors: ValueError on a layer that is not linear.
     """
 
-    def __init__(self, layer: nn.Linear, site: str) -> None:
+    def __init__(self, layer: nn.Linear, site: str, *, norm: Callable[..., nn.Module] | None = None) -> None:
         if not isinstance(layer, nn.Linear):
             raise ValueError(f"the batch-norm behind the output needs a linear layer, got {type(layer).__name__}")
         super().__init__(layer)
         self.bias = None
-        self.norm = nn.BatchNorm1d(layer.out_features)
+        plain = nn.BatchNorm1d(layer.out_features)
+        self.norm = norm(plain, site) if norm else plain
 
     def forward(self, x: Tensor, quantized: bool = False) -> Tensor:
         return self.norm(super().forward(x, quantized))  # type: ignore[no-any-return]

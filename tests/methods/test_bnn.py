@@ -9,7 +9,7 @@ from torch import nn
 from qbench import layers, optim, surgery
 from qbench.method import Method, State
 from qbench.methods.binaryconnect import BinaryConnect, OutputNorm
-from qbench.methods.bnn import BinaryActivation
+from qbench.methods.bnn import BinaryActivation, ShiftAdaMax, ShiftBatchNorm, ap2
 from qbench.models.mlp import MLP
 from qbench.models.resnet import ResNetCIFAR
 from qbench.models.vgg_small import VGGSmall
@@ -50,6 +50,48 @@ def test_errors() -> None:
         make(bits=2)
 
 
+def test_ap2_is_the_nearest_power_of_two_of_the_logarithm() -> None:
+    """log2(1.4) = 0.49, log2(1.5) = 0.58; powers of two are themselves, 0 stays."""
+    assert ap2(torch.tensor([0.0, 1.4, -1.5, 3.0, 0.3])).tolist() == [0, 1, -2, 4, 0.25]
+    powers = torch.tensor([2.0**k for k in range(-100, 100)])
+    assert torch.equal(ap2(powers), powers)
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (1, 1, 4), (2, 1, 2, 1)])
+def test_shift_batch_norm_by_hand(shape: tuple[int, ...]) -> None:
+    """x = 1, 2, 3, 6: c = -2, -1, 0, 3, AP2(c) = -2, -1, 0, 4, variance 17/4, AP2(1 / sqrt(17/4)) = 1/2, AP2(3) = 4."""
+    net = ShiftBatchNorm(nn.BatchNorm1d(1, eps=0.0, momentum=0.25))
+    with torch.no_grad():
+        net.weight.fill_(3.0)
+        net.bias.fill_(1.0)
+    x = torch.tensor([1.0, 2, 3, 6]).reshape(shape).requires_grad_()
+    y = net(x)
+    assert y.shape == x.shape
+    assert y.flatten().tolist() == [-3, -1, 1, 7]
+    y.backward(torch.tensor([1.0, 0, 0, 0]).reshape(shape))
+    assert x.grad.flatten().tolist() == [1, -0.75, -0.5, 0.5]  # type: ignore[union-attr]
+    assert (net.weight.grad.tolist(), net.bias.grad.tolist()) == ([-1], [1])  # type: ignore[union-attr]
+    assert (net.running_mean.tolist(), net.running_var.tolist()) == ([0.75], [0.75 + 17 / 16])  # type: ignore[union-attr]
+    y = net.eval()(x)  # 1 / sqrt(1.8125) = 0.743, by a shift 1
+    assert y.flatten().tolist() == [4 * (v - 0.75) + 1 for v in (1, 2, 3, 6)]
+
+
+def test_shift_adamax_by_hand() -> None:
+    """g = 3, -1: m = 3/8, 13/64; v = 3, 2.997, both 4 by a shift; rates 8 lr and lr / 0.234, by a shift 4 lr."""
+    w = nn.Parameter(torch.ones(1))
+    optimizer = ShiftAdaMax([w], lr=2**-10)
+    w.grad = torch.tensor([3.0])
+    optimizer.step()
+    assert w.item() == 1 - 2**-7 * (3 / 8) / 4
+    w.grad = torch.tensor([-1.0])
+    optimizer.step()
+    assert w.item() == pytest.approx(1 - 2**-7 * (3 / 8) / 4 - 2**-8 * (13 / 64) / 4, abs=1e-7)
+    w.grad, before = torch.zeros(1), w.item()
+    optimizer.param_groups[0]["lr"] = 0.0
+    optimizer.step()
+    assert w.item() == before
+
+
 def _method(**options: object) -> Method:
     conf = OmegaConf.load("conf/method/bnn.yaml")
     conf.w_bits, conf.a_bits = 1, 1
@@ -88,28 +130,31 @@ def test_the_order_of_the_papers_net() -> None:
     assert all(isinstance(layer.weight_quantizer, BinaryConnect) for _, layer in layers.quant_layers(net))
 
 
-@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize(("clip", "shift"), [(True, False), (False, False), (True, True)])
 @pytest.mark.parametrize("net", [_vgg, _mlp, _resnet])
-def test_two_steps(net, clip: bool) -> None:
-    method = _method(clip_gradients=clip, clip_weights=clip, stochastic_activations=clip)
+def test_two_steps(net, clip: bool, shift: bool) -> None:
+    method = _method(clip_gradients=clip, clip_weights=clip, stochastic_activations=clip, shift_batch_norm=shift)
     torch.manual_seed(0)
     model = net()
     surgery.quantize(model, method.rules)
     assert surgery.size(model)["bits_per_weight"] == 1
     assert not [m for m in model.modules() if isinstance(m, nn.ReLU)]
     assert isinstance(model.fc, OutputNorm)
-    recipe = Recipe(steps=2, optimizer="adam", lr=1e-2, loss="squared_hinge")
-    optimizer = optim.make_optimizer(optim.parameter_groups(model, [], method, recipe), recipe)
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert {isinstance(m, ShiftBatchNorm) for m in norms} == {shift}
+    optimizer = "qbench.methods.bnn.ShiftAdaMax" if shift else "adam"
+    recipe = Recipe(steps=2, optimizer=optimizer, lr=1e-2, loss="squared_hinge")
+    stepper = optim.make_optimizer(optim.parameter_groups(model, [], method, recipe), recipe)
     state = State(model, torch.Generator())
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     x, y = torch.randn(16, 1 if net is _mlp else 3, 8, 8), torch.arange(16) % 10
     for _ in range(2):
         method.hooks[0].before_step(state)
-        optimizer.zero_grad()
+        stepper.zero_grad()
         with layers.quantized_weights(model):
             loss = optim.criterion(recipe, model(x), y)
         loss.backward()
-        optimizer.step()
+        stepper.step()
         method.hooks[0].after_step(state)
     assert torch.isfinite(loss)
     assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters())
