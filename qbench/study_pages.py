@@ -15,7 +15,7 @@ from typing import Any
 from qbench import cards
 from qbench.cards import Card, Claim, Row
 from qbench.files import atomic_write
-from qbench.study_results import RESULTS, Kept, read
+from qbench.study_results import Kept, read
 
 # The status of a cell, and what it means.
 STATUSES = {
@@ -264,7 +264,7 @@ def index(results: Path) -> str:
     lines += ["| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |"]
     for card in map(cards.load, cards.names()):
         kept = read(results / card.name)
-        name = f"[{card.name}]({card.name}/table.md)" if (results / card.name / RESULTS).is_file() else card.name
+        name = f"[{card.name}]({card.name}/table.md)" if kept.budgets() else card.name
         for budget in kept.budgets() or ["-"]:
             found = cells(card, kept, budget)
             states = [c.status for c in found]

@@ -383,6 +383,12 @@ def test_the_committed_pages_are_what_the_generator_makes() -> None:
         assert not [e for e in kept.entries if e["budget"] == "smoke"], path
 
 
+def test_the_index_links_no_page_of_a_study_that_was_stopped_before_its_first_run_was_done(tmp_path: Path) -> None:
+    (tmp_path / "flexor_fig5").mkdir()
+    (tmp_path / "flexor_fig5" / RESULTS).write_text(Kept().text())
+    assert "| flexor_fig5 |" in study_pages.index(tmp_path)
+
+
 # The command.
 
 
