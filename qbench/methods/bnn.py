@@ -71,17 +71,17 @@ class _Shift(torch.autograd.Function):
         power = ap2(centered)
         variance = (centered * power).mean(1, keepdim=True)
         scale = ap2((variance + eps).rsqrt())
-        normal = centered * scale
-        ctx.save_for_backward(power, scale, ap2(weight), ap2(normal))
+        normal, gamma = centered * scale, ap2(weight)
+        ctx.save_for_backward(power, scale, gamma, ap2(normal))
         ctx.mark_non_differentiable(mean, variance)
-        return ap2(weight) * normal + bias, mean, variance
+        return gamma * normal + bias, mean, variance
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
-        g, (power, scale, weight, normal) = grads[0], ctx.saved_tensors
+        g, (power, scale, gamma, normal) = grads[0], ctx.saved_tensors
         along = power * (power * g).mean(1, keepdim=True) * scale.square()
-        dx = weight * scale * (g - g.mean(1, keepdim=True) - along)
+        dx = gamma * scale * (g - g.mean(1, keepdim=True) - along)
         return dx, (normal * g).sum(1, keepdim=True), g.sum(1, keepdim=True), None
 
 

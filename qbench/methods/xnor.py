@@ -24,7 +24,8 @@ class XnorLayer(QuantLayer):
     While the input quantizer is disabled the inputs keep their own scale, and K is left out.
 
     Args:
-        k: scale by K, as the paper's text says; the released code does not (it costs less than a point)
+        k: scale by K, as the paper's text says; the released code does not. The paper puts it at less than a
+            point; in a ResNet-20 it costs accuracy (docs/results/first_runs/README.md)
 
     Reference: arXiv 1603.05279, Eq. 11 and Fig. 2
     """

@@ -142,19 +142,19 @@ def test_two_steps(net, clip: bool, shift: bool) -> None:
     assert isinstance(model.fc, OutputNorm)
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     assert {isinstance(m, ShiftBatchNorm) for m in norms} == {shift}
-    optimizer = "qbench.methods.bnn.ShiftAdaMax" if shift else "adam"
-    recipe = Recipe(steps=2, optimizer=optimizer, lr=1e-2, loss="squared_hinge")
-    stepper = optim.make_optimizer(optim.parameter_groups(model, [], method, recipe), recipe)
+    named = "qbench.methods.bnn.ShiftAdaMax" if shift else "adam"
+    recipe = Recipe(steps=2, optimizer=named, lr=1e-2, loss="squared_hinge")
+    optimizer = optim.make_optimizer(optim.parameter_groups(model, [], method, recipe), recipe)
     state = State(model, torch.Generator())
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     x, y = torch.randn(16, 1 if net is _mlp else 3, 8, 8), torch.arange(16) % 10
     for _ in range(2):
         method.hooks[0].before_step(state)
-        stepper.zero_grad()
+        optimizer.zero_grad()
         with layers.quantized_weights(model):
             loss = optim.criterion(recipe, model(x), y)
         loss.backward()
-        stepper.step()
+        optimizer.step()
         method.hooks[0].after_step(state)
     assert torch.isfinite(loss)
     assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters())
