@@ -87,7 +87,7 @@ class Slope(nn.Module):
 class AnnealSlope(Hook):
     """Sharpen the tanh and fourier slopes of all sign functions; a pure function of the share s of the training done.
 
-    t = t_0 (t_1 / t_0)^s; n = n_0 + floor(s (n_1 - n_0)). Other slopes have nothing to anneal. IR-Net's code moves t
+    t = t_0 (t_1 / t_0)^s; n = n_0 + s (n_1 - n_0), rounded. Other slopes have nothing to anneal. IR-Net's code moves t
     once an epoch; here it moves every step, through the same values.
 
     Errors: ValueError on t not above 0 or n below 0.
@@ -111,7 +111,7 @@ class AnnealSlope(Hook):
             if isinstance(module, Slope) and module.kind == "tanh":
                 module.t.fill_(self.t[0] * (self.t[1] / self.t[0]) ** share)
             if isinstance(module, Slope) and module.kind == "fourier":
-                module.terms.fill_(self.terms[0] + int(share * (self.terms[1] - self.terms[0])))
+                module.terms.fill_(self.terms[0] + round(share * (self.terms[1] - self.terms[0])))
 
 
 def mean_magnitude(w: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ class BinaryWeight(Quantizer):
       constant_alpha: alpha * g_i * 1[|w_i| <= 1]
       unscaled:       g_i * 1[|w_i| <= 1]                            the code of Bi-Real Net and ReActNet
       released:       n * (1 - 1/c) * g_i * (1/n + alpha * 1[|w_i| < 1])    the authors' Torch code, for SGD
-    For Adam that code multiplies by 1e9 instead of n, to which Adam is blind: it only drowns the weight decay.
+    For Adam that code multiplies by 1e9 beside, to which Adam is blind: it only drowns the weight decay.
 
     `sign_gradient` puts one of the slopes of `Slope` in place of 1[|w| <= 1]. Weight: [out, in, ...].
 
@@ -248,7 +248,7 @@ class Sign(Quantizer):
 class HardTanh(nn.Module):
     """clip(x, -1, 1) in place of a ReLU; gradient 1 on the closed interval, else 0."""
 
-    def __init__(self, module: nn.Module, site: str) -> None:
+    def __init__(self, module: nn.Module, site: str, *, bits: float = 1) -> None:  # bits: 32 leaves the ReLU (`Rule`)
         super().__init__()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -266,9 +266,9 @@ class BinarizeWeightsAfter(Hook):
 
     Args:
         share: of the training steps, at least 0 and below 1; 0 trains binary weights from the start
-        restart: each step of the training has its own linear decay of the learning rate to 0, the optimizer's state is
-            dropped between them, and the second step has no weight decay, as in ReActNet; else the run's schedule
-            spans both
+        restart: each step of the training has its own linear decay of the learning rate to 0 in place of the run's
+            schedule and warm-up, the optimizer's state is dropped between them, and the second step has no weight
+            decay, as in ReActNet; else the run's schedule spans both
 
     Raises:
         ValueError: share out of range
@@ -296,6 +296,7 @@ class BinarizeWeightsAfter(Hook):
         for group in state.optimizer.param_groups:
             group["lr"] *= (1 - done) / state.lr_scale
             group["weight_decay"] = group.setdefault("first_decay", group["weight_decay"]) * (state.step < first)
+        state.lr_scale = 1 - done  # what is recorded
 
     def _switch(self, state: State) -> None:
         for _, layer in quant_layers(state.model):

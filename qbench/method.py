@@ -59,6 +59,7 @@ class State:
     inputs: Tensor | None = None
     labels: Tensor | None = None
     logits: Tensor | None = None
+    labels_loss: Tensor | None = None  # the recipe's loss of this micro-batch, of which hooks see no other part
     lr_scale: float = 1.0  # the schedule's present learning rate divided by its highest
     warmup: float = 0.0  # share of this phase in which the learning rate rises
     lr_drops: tuple[float, ...] = ()  # shares of this phase at which a step schedule cuts the learning rate

@@ -113,8 +113,11 @@ def _without_float(rule: dict[str, Any]) -> dict[str, Any]:
 
 
 def _uniform(rules: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same exceptions for every method: first and last layer in float, all else by the method's general rules."""
-    general = [r for r in rules if r.get("match") not in ("@first", "@last")]
+    """The same exceptions for every method: first and last layer in float, all else by the method's rules.
+
+    Rules of another kind, such as for the ReLU before the last layer, are no exceptions: they shape the net.
+    """
+    general = [r for r in rules if r.get("match") not in ("@first", "@last") or "kind" in r]
     keep = "protocol=uniform: first and last layer in float"
     return [{"match": "@first", "keep": keep}, {"match": "@last", "keep": keep}, *general] if rules else []
 

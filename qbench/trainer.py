@@ -232,7 +232,7 @@ class Trainer:
         """From the batch to the stepped weights; the loss. All that a CUDA graph holds of a step."""
         state, recipe = self.state, self.recipe
         self.optimizer.zero_grad(set_to_none=True)
-        state.logits = None  # its graph goes, and with it the stream on which gradients were gathered
+        state.logits = state.labels_loss = None  # their graph goes, and the stream that gathers gradients
         total = torch.zeros((), device=self.device)
         for state.inputs, state.labels in zip(x.chunk(recipe.accumulate), y.chunk(recipe.accumulate), strict=True):
             share = len(state.labels) / len(y)
@@ -272,7 +272,7 @@ class Trainer:
                 with quantized_weights(self.model):
                     state.logits = self.net(state.inputs)
         assert state.logits is not None
-        loss = criterion(self.recipe, state.logits.float(), state.labels)
+        loss = state.labels_loss = criterion(self.recipe, state.logits.float(), state.labels)
         for hook in self.own_hooks():
             extra = hook.loss(state)
             loss = loss if extra is None else loss + extra
@@ -284,8 +284,8 @@ class Trainer:
         """Average the gradients over the workers."""
         if not dist.is_initialized():
             return
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        grads = [p.grad for p in parameters]
         for hook in self.own_hooks():
             hook.exchange(grads)
         flat = torch.cat([g.flatten() for g in grads])

@@ -186,7 +186,9 @@ def test_the_uniform_protocol_has_the_same_exceptions_for_all() -> None:
             continue
         assert [r["match"] for r in rules[:2]] == ["@first", "@last"]
         assert all("keep" in r for r in rules[:2])
-        assert not [r for r in rules[2:] if r.get("match") in ("@first", "@last")]
+        assert not [r for r in rules[2:] if r.get("match") in ("@first", "@last") and "kind" not in r]
+    rules = resolved("method=xnor", "protocol=uniform")["method"]["rules"]
+    assert {"match": "@last", "kind": "ReLU*", "keep": "before the float last layer"} in rules
 
 
 def test_thirty_two_bits_take_the_slot_away() -> None:
@@ -195,6 +197,9 @@ def test_thirty_two_bits_take_the_slot_away() -> None:
     assert "weight" in rules[-1]
     rules = resolved("method=lsq", "bits=32")["method"]["rules"]
     assert set(rules[-1]) == {"keep"}
+    rules = resolved("method=irnet", "a_bits=32")["method"]["rules"]
+    assert ("input" in rules[-2], "weight" in rules[-2]) == (False, True)
+    assert set(rules[-1]) == {"kind", "keep", "optional"}  # the ReLU stays
 
 
 @pytest.mark.parametrize(
@@ -259,7 +264,7 @@ DIFFERENT = [
     ("w_bits=8",),
     ("seed=1",),
     ("init=scratch",),
-    ("protocol=uniform",),
+    ("method=lsq", "protocol=uniform"),
     ("method=dorefa",),
     ("method=lsq",),
     ("method=flexor",),

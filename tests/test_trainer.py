@@ -4,10 +4,12 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -402,6 +404,20 @@ def test_two_workers_equal_one(cli: Cli, process: Cli, tmp_path: Path) -> None:
     a, b = result(tmp_path / "one"), result(tmp_path / "two")
     assert a["accuracy_last"] == b["accuracy_last"]
     assert a["key"] != b["key"]
+
+
+def test_what_has_no_gradient_is_not_exchanged(tmp_path: Path) -> None:
+    """The optimizer leaves it alone with workers too, as it is without."""
+    a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))
+    b.grad = torch.full((3,), 2.0)
+    trainer = SimpleNamespace(optimizer=torch.optim.SGD([a, b], 0.1), own_hooks=lambda: [])
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        Trainer._exchange(trainer)  # type: ignore[arg-type]
+    finally:
+        dist.destroy_process_group()
+    assert a.grad is None
+    assert b.grad.tolist() == [2, 2, 2]
 
 
 def test_two_workers_resume_bit_for_bit(process: Cli, tmp_path: Path) -> None:

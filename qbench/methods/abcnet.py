@@ -11,8 +11,10 @@ from qbench.binary import Slope
 from qbench.layers import QuantLayer
 from qbench.quantizer import Codes, Quantizer, check_bits
 
-# v of Table S4, for ResNet-18; the paper is silent on other numbers, which are spread evenly over -1.5..1.5
-SHIFTS = {1: (0.0,), 3: (-1.5, 0.0, 1.5), 5: (-3.5, -2.5, -1.5, 0.0, 2.5)}
+# Table S4, for ResNet-18, by (M, N), where it is not even from -1 to 1 (u, Eq. 4) or from -1.5 to 1.5 (v). The paper is
+# silent on other pairs.
+U = {(5, 1): (-2.0, -1.0, 0.0, 1.0, 2.0)}
+V = {(5, 3): (-0.9, 0.0, 0.9), (3, 5): (-3.5, -2.5, -1.5, 0.0, 2.5), (5, 5): (-3.5, -2.5, -1.5, 0.0, 2.5)}
 
 
 def spread(count: int, bound: float) -> list[float]:
@@ -32,10 +34,11 @@ class BinaryBases(Quantizer):
 
     Args:
         bits: M, 1..8
-        shifts: u_1..u_M; None spreads them evenly over -1..1
+        shifts: u_1..u_M; None is the paper's table for (M, `inputs`), else evenly over -1..1
+        inputs: N of the layer's inputs, which the table asks for
 
     Errors: ValueError on bits out of range or a wrong number of shifts.
-    Reference: arXiv 1711.11294, Eq. 2-6
+    Reference: arXiv 1711.11294, Eq. 2-6 and Table S4
     """
 
     idempotent = False  # the bases of a quantized weight have other thresholds
@@ -50,10 +53,11 @@ class BinaryBases(Quantizer):
         bits: float,
         gradient: str = "identity",
         shifts: Sequence[float] | None = None,
+        inputs: int = 0,
     ) -> None:
         super().__init__()
         self.bits = check_bits(bits, 1, 8)
-        u = spread(self.bits, 1.0) if shifts is None else list(shifts)
+        u = list(shifts or U.get((self.bits, inputs)) or spread(self.bits, 1.0))
         if len(u) != self.bits:
             raise ValueError(f"w_bits={self.bits} needs {self.bits} shifts of weights, got {u}")
         self.slope = Slope(gradient)
@@ -101,7 +105,8 @@ class BinaryActivations(Quantizer):
 
     Args:
         bits: N, 1..8
-        shifts: v_1..v_N at first; None is the paper's table for 1, 3 and 5, else evenly over -1.5..1.5
+        shifts: v_1..v_N at first; None is the paper's table for (`bases`, N), else evenly over -1.5..1.5
+        bases: M of the layer's weights, which the table asks for
 
     Errors: ValueError on bits out of range or a wrong number of shifts.
     Reference: arXiv 1711.11294, Eq. 7-11 and Table S4
@@ -117,12 +122,13 @@ class BinaryActivations(Quantizer):
         bits: float,
         gradient: str = "clipped",
         shifts: Sequence[float] | None = None,
+        bases: int = 0,
     ) -> None:
         super().__init__()
         self.bits = check_bits(bits, 1, 8)
-        v = SHIFTS.get(self.bits, spread(self.bits, 1.5)) if shifts is None else list(shifts)
+        v = list(shifts or V.get((bases, self.bits)) or spread(self.bits, 1.5))
         if len(v) != self.bits:
-            raise ValueError(f"a_bits={self.bits} needs {self.bits} shifts of inputs, got {list(v)}")
+            raise ValueError(f"a_bits={self.bits} needs {self.bits} shifts of inputs, got {v}")
         self.slope = Slope(gradient, clip=0.5)
         self.v, self.beta = nn.Parameter(torch.tensor(v)), nn.Parameter(torch.ones(self.bits))
 

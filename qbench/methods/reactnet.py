@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from qbench.binary import Slope
 from qbench.layers import QuantLayer
@@ -63,10 +62,10 @@ class RPReLU(nn.Module):
 
 
 class TeacherAlone(Hook):
-    """Take the labels' cross-entropy out of the loss, so that the distillation term alone is left.
+    """Take the loss from the labels out, so that the distillation term alone is left.
 
-    loss -= cross-entropy, where there is a teacher (distill.weight above 0); without one the labels teach. The term is
-    then KL(teacher || student), the paper's Eq. 10 but for the teacher's entropy, a constant.
+    Where there is a teacher (distill.weight above 0); without one the labels teach. The term left is KL(teacher ||
+    student), the paper's Eq. 10 but for the teacher's entropy, a constant.
 
     Reference: arXiv 2003.03488, Sec. 4.3
     """
@@ -76,6 +75,6 @@ class TeacherAlone(Hook):
         self.active = active
 
     def loss(self, state: State) -> Tensor | None:
-        if not self.active or state.teacher is None or state.logits is None or state.labels is None:
+        if not self.active or state.teacher is None or state.labels_loss is None:
             return None
-        return -F.cross_entropy(state.logits.float(), state.labels)
+        return -state.labels_loss

@@ -88,7 +88,7 @@ class PrunedCode(Quantizer):
     Trained further, kept weights get the gradient of their values (straight through), pruned ones none; the mask stays.
 
     bits: of a weight before encryption, one of the mask and bits - 1 planes. sparsity: share of pruned weights. n_in,
-    n_out: stored bits and weight bits of a slice; n_out None is 0.8 n_in / (1 - sparsity), so that most slices need no
+    n_out: stored bits and weight bits of a slice; n_out None is 0.85 n_in / (1 - sparsity), so that most slices need no
     patch. Each connection of the gates is drawn with probability 1/2 from `matrix_seed`.
 
     Errors: ValueError on a range. RuntimeError if decoding should ever give other codes.
@@ -129,8 +129,8 @@ class PrunedCode(Quantizer):
         """Prune by magnitude, then fit alpha and the codes by turns, starting plane by plane on what is left over."""
         w = x.detach().float()
         keep = max(1, round((1 - self.sparsity) * w.numel()))
-        self.mask.zero_().view(-1)[w.abs().flatten().topk(keep).indices] = True
-        self.mask, self.alpha.data = self.mask.to(w.device), self.alpha.data.to(w.device)
+        self.mask, self.alpha.data = torch.zeros_like(w, dtype=torch.bool), self.alpha.data.to(w.device)
+        self.mask.view(-1)[w.abs().flatten().topk(keep).indices] = True
         count = self.mask.flatten(1).sum(1).clamp(min=1).view_as(self.alpha[0])
         rest = w * self.mask
         for alpha in self.alpha:
@@ -138,9 +138,8 @@ class PrunedCode(Quantizer):
             rest -= alpha * torch.where(rest >= 0, 1.0, -1.0) * self.mask
         for _ in range(ROUNDS if self.planes > 1 else 0):
             b = self.signs(w).flatten(2).permute(1, 2, 0)  # [out, weights, planes]
-            fit = torch.linalg.lstsq(
-                b.mT @ b + 1e-6 * torch.eye(self.planes), b.mT @ (w * self.mask).flatten(1)[..., None]
-            )
+            ridge = 1e-6 * torch.eye(self.planes, device=w.device)
+            fit = torch.linalg.lstsq(b.mT @ b + ridge, b.mT @ (w * self.mask).flatten(1)[..., None])
             self.alpha.copy_(fit.solution[..., 0].T.reshape(self.alpha.shape))
 
     @torch.no_grad()

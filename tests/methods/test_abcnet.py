@@ -112,7 +112,11 @@ def test_the_product_is_m_times_n_binary_products() -> None:
 
 def test_first_shifts() -> None:
     assert activations(1).v.tolist() == [0]
-    assert activations(5).v.tolist() == [-3.5, -2.5, -1.5, 0, 2.5]
+    assert activations(3).v.tolist() == [-1.5, 0, 1.5]
+    assert activations(5, bases=3).v.tolist() == activations(5, bases=5).v.tolist() == [-3.5, -2.5, -1.5, 0, 2.5]
+    torch.testing.assert_close(activations(3, bases=5).v.detach(), torch.tensor([-0.9, 0, 0.9]))
+    assert bases(5, inputs=1).u.tolist() == [-2, -1, 0, 1, 2]
+    assert bases(5, inputs=3).u.tolist() == [-1, -0.5, 0, 0.5, 1]
     torch.testing.assert_close(activations(4).v.detach(), torch.tensor([-1.5, -0.5, 0.5, 1.5]))
     assert spread(5, 1.0) == [-1, -0.5, 0, 0.5, 1]
     assert activations(2).traces() == {"v0": -1.5, "v1": 1.5, "beta0": 1.0, "beta1": 1.0}

@@ -110,7 +110,7 @@ def test_before_it_is_binary_an_input_is_clipped() -> None:
 def test_annealing_is_a_function_of_the_step() -> None:
     net = nn.ModuleList([Slope("tanh"), Slope("fourier"), Slope("polynomial")])
     state, hook = State(net, torch.Generator(), steps=100), AnnealSlope()
-    for step, t, terms in ((0, 1e-3, 9), (25, 1e-2, 11), (50, 0.1, 13), (75, 1.0, 15), (99, 10 ** (-3 + 3.96), 17)):
+    for step, t, terms in ((0, 1e-3, 9), (25, 1e-2, 11), (50, 0.1, 13), (75, 1.0, 16), (99, 10 ** (-3 + 3.96), 18)):
         state.step = step
         hook.before_step(state)
         assert float(net[0].t) == pytest.approx(t)  # type: ignore[arg-type]
@@ -123,7 +123,7 @@ def test_two_step_training_switches_the_weights_and_restarts() -> None:
     optimizer = torch.optim.Adam(layer.parameters(), 1.0, weight_decay=0.5)
     hook = BinarizeWeightsAfter(0.5, restart=True)
     state = State(layer, torch.Generator(), steps=4, optimizer=optimizer)
-    rates, decays, moments = [], [], []
+    rates, recorded, decays, moments = [], [], [], []
     for state.step in range(4):
         state.lr_scale = 1 - state.step / 4
         optimizer.param_groups[0]["lr"] = 2 * state.lr_scale
@@ -131,11 +131,13 @@ def test_two_step_training_switches_the_weights_and_restarts() -> None:
         assert (len(layer.quantized_weight().abs().unique()) > 2) == (state.step < 2)
         moments.append(len(optimizer.state))
         rates.append(optimizer.param_groups[0]["lr"])
+        recorded.append(2 * state.lr_scale)
         decays.append(optimizer.param_groups[0]["weight_decay"])
         optimizer.zero_grad()
         layer(torch.ones(1, 3)).sum().backward()
         optimizer.step()
     assert rates == pytest.approx([2, 1, 2, 1])
+    assert recorded == pytest.approx(rates)
     assert decays == [0.5, 0.5, 0, 0]
     assert moments == [0, 2, 0, 2]
 

@@ -165,11 +165,6 @@ def test_two_steps_with_quantized_gradients() -> None:
     assert net.conv2.quantized_weight().unique().numel() == 2
 
 
-@pytest.mark.parametrize(("x", "y", "want"), [([3, 1, 2], [1, 3, 2], 10)])
-def test_bit_planes_by_hand(x: list[int], y: list[int], want: int) -> None:
-    assert bit_planes(torch.tensor(x), torch.tensor(y), 2, 2) == want
-
-
 def bit_planes(x: Tensor, y: Tensor, m: int, k: int) -> int:
     """sum over planes of 2^(i + j) popcount(and(c_i(x), c_j(y))), Eq. 3, on words of one bit per element."""
 

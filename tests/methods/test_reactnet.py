@@ -13,6 +13,8 @@ from qbench.method import Method, State
 from qbench.methods.reactnet import RPReLU, RSign, TeacherAlone
 from qbench.models.resnet import ResNetCIFAR
 from qbench.models.vgg_small import VGGSmall
+from qbench.optim import criterion
+from qbench.recipe import Recipe
 
 
 def reactnet(**options: object) -> Method:
@@ -75,10 +77,12 @@ def test_with_a_teacher_the_labels_do_not_count() -> None:
     state = State(net, torch.Generator(), inputs=torch.randn(5, 4), labels=torch.tensor([0, 1, 2, 0, 1]))
     assert state.inputs is not None
     state.logits = net(state.inputs)
+    recipe = Recipe(epochs=1, label_smoothing=0.1)
+    state.labels_loss = criterion(recipe, state.logits, state.labels)  # type: ignore[arg-type]
     assert TeacherAlone().loss(state) is None
     state.teacher = teacher
     assert TeacherAlone(active=False).loss(state) is None
-    terms = [F.cross_entropy(state.logits, state.labels), TeacherAlone().loss(state), Distill(1.0).loss(state)]  # type: ignore[arg-type]
+    terms = [state.labels_loss, TeacherAlone().loss(state), Distill(1.0).loss(state)]
     target = teacher(state.inputs).softmax(1)
     want = (target * (target.log() - state.logits.log_softmax(1))).sum(1).mean()
     torch.testing.assert_close(sum(terms), want)
