@@ -16,4 +16,4 @@ def load(run: "str | PathLike[str]") -> "Module":
 
     from qbench.finished import rebuild
 
-    return rebuild(Path(run))[1]
+    return rebuild(Path(run))

@@ -44,6 +44,11 @@ class Row:
     group: str = ""
     note: str = ""
 
+    @property
+    def method(self) -> str:
+        """The method that is run; empty where nothing is."""
+        return next((w.removeprefix("method=") for w in self.words or () if w.startswith("method=")), "")
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -128,6 +133,8 @@ def read(path: Path) -> Card:
         return _card(path.stem, yaml.load(path.read_text(), loader))
     except UserError as error:
         raise UserError(f"{path.name}: {error}") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path.name}: {type(error).__name__}: {error}; see CONTRIBUTING.md") from error
     except yaml.YAMLError as error:
         raise UserError(f"{path.name} is not YAML: {error}") from error
 

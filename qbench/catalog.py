@@ -5,6 +5,8 @@ from typing import Any
 
 import yaml
 
+from qbench.errors import UserError, unknown
+
 GROUPS = ("method", "model", "dataset", "budget")
 FAMILIES = ("float", "ptq", "qat", "fixed-point", "binary", "flexor")
 
@@ -41,7 +43,14 @@ def methods() -> list[dict[str, Any]]:
     found = []
     for name in names("method"):
         if name not in skip:
-            found.append(yaml.load((conf_folder() / "method" / f"{name}.yaml").read_text(), loader)["method"])
+            path = conf_folder() / "method" / f"{name}.yaml"
+            method = yaml.load(path.read_text(), loader)["method"]
+            missing = [k for k in ("name", "title", "family", "summary") if not method.get(k)]
+            if missing:
+                raise UserError(f"{path.name}: method.{missing[0]} is missing")
+            if method["family"] not in FAMILIES:
+                raise unknown(f"method.family in {path.name}", method["family"], FAMILIES)
+            found.append(method)
     return sorted(found, key=lambda m: (FAMILIES.index(m["family"]), m["name"]))
 
 

@@ -3,9 +3,9 @@
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import yaml
 from torch import nn
 
 from qbench import checkpoint, device, evaluation, kernels, surgery
@@ -15,31 +15,35 @@ from qbench.errors import UserError
 from qbench.layers import quantized_weights
 from qbench.optim import criterion
 from qbench.recipe import Recipe
+from qbench.report import read_config
 from qbench.resolve import parent_of
 from qbench.run import COMMITTED, Run, make_batches, prepare
 
 
-def rebuild(folder: Path, dataset: Mapping[str, Any] | None = None) -> tuple[Run, nn.Module]:
-    """The trained, quantized net of a finished run, and the run; `dataset` replaces keys of the run's data set."""
-    path = folder / "config.yaml"
-    if not path.is_file():
-        raise UserError(f"{folder} is not a finished run: it has no config.yaml")
-    config = yaml.safe_load(path.read_text())
-    config["dataset"].update(dataset or {})
-    run = Run(config, load(config["dataset"]), folder, "", {})
-    model = make_model(config, run.data)
+def rebuild(folder: Path) -> nn.Module:
+    """The trained, quantized net of a finished run, in eval mode; the data are loaded where it lacks their shape."""
+    config = read_config(folder)
+    images = {k: config["dataset"].get(k) for k in ("channels", "classes", "size")}
+    return _net(folder, config, SimpleNamespace(**images) if all(images.values()) else load(config["dataset"]))
+
+
+def _net(folder: Path, config: dict[str, Any], data: Any) -> nn.Module:
+    model = make_model(config, data)
     quantize(config, model, make_method(config))
     state = checkpoint.load(folder / "model.pt")
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise UserError(f"{folder / 'model.pt'} does not fit {path}: {error}") from error
-    return run, model.eval()
+        raise UserError(f"{folder / 'model.pt'} does not fit its config.yaml: {error}") from error
+    return model.eval()
 
 
 def evaluate(folder: Path, dataset: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], float, float]:
-    """Evaluate a finished run again: (its result, loss, accuracy in percent)."""
-    run, model = rebuild(folder, dataset)
+    """Evaluate a finished run again: (its result, loss, accuracy in percent); `dataset` replaces keys of its data."""
+    config = read_config(folder)
+    config["dataset"].update(dataset or {})
+    run = Run(config, load(config["dataset"]), folder, "", {})
+    model = _net(folder, config, run.data)
     place = device.pick(run.config["device"])
     device.set_threads(run.config["threads"])
     place_net(model, place, run.config["channels_last"])

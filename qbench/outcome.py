@@ -1,12 +1,7 @@
-"""What a run leaves: its result, manifest, pictures, and hashes of weights and code."""
+"""What a run leaves: its result, manifest, pictures, and the hash of its weights."""
 
 import hashlib
-import importlib
-import inspect
 import json
-import re
-from collections.abc import Mapping
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +11,6 @@ from torch import nn
 import qbench
 from qbench import checkpoint, files, plots, surgery, telemetry_plots, trainer
 from qbench.recorder import Recorder, read
-from qbench.resolve import digest
 
 if TYPE_CHECKING:
     from qbench.run import Run
@@ -29,31 +23,6 @@ def weights_sha256(model: nn.Module) -> str:
         if isinstance(tensor, torch.Tensor):
             sha.update(name.encode() + tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
-
-
-def code_hash(config: Mapping[str, Any]) -> str:
-    """Ten hex digits over the source of the core and of the modules that this run's configuration names."""
-    core = (
-        "ops",
-        "quantizer",
-        "quantizers",
-        "uniform",
-        "layers",
-        "surgery",
-        "hooks",
-        "trainer",
-        "evaluation",
-        "optim",
-        "recipe",
-    )
-    names = {f"qbench.{name}" for name in core}
-    text = json.dumps([config["method"], config["model"]])
-    names |= {target.rpartition(".")[0] for target in re.findall(r'"_target_": "([^"]+)"', text)}
-    sources = []
-    for name in sorted(names):
-        with suppress(ImportError, OSError):
-            sources.append(inspect.getsource(importlib.import_module(name)))
-    return digest(sources)
 
 
 def summary(run: "Run", model: nn.Module, outcome: trainer.Outcome) -> dict[str, Any]:
@@ -76,7 +45,9 @@ def write(run: "Run", model: nn.Module, kept: dict[str, str], recorder: Recorder
     checkpoint.save(folder / "model.pt", model.state_dict())
     manifest = surgery.manifest(model, kept)
     files.atomic_write(folder / "manifest.json", json.dumps(manifest, indent=1))
-    files.atomic_write(folder / "config.yaml", yaml.safe_dump(json.loads(json.dumps(run.config)), sort_keys=False))
+    images = {k: getattr(run.data, k) for k in ("channels", "classes", "size")}  # so that `qbench.load` needs no data
+    config = {**run.config, "dataset": {**run.config["dataset"], **images}}
+    files.atomic_write(folder / "config.yaml", yaml.safe_dump(json.loads(json.dumps(config)), sort_keys=False))
     recorder.flush()
     records = read(folder)
     if run.config["train"]["steps"] != 0:

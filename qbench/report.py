@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from statistics import mean, stdev
@@ -53,19 +54,50 @@ def tell(folder: Path, result: Mapping[str, Any], line: Callable[[str], None]) -
     line(f"  everything            {folder}")
 
 
-def read_results(folder: Path) -> list[dict[str, Any]]:
-    """Every result.json below `folder`, with its folder under 'folder'.
+def read_result(path: Path) -> dict[str, Any]:
+    """The result.json at `path`.
 
-    Errors: UserError when the folder is missing or a file is corrupt.
+    Errors: UserError where it is corrupt.
+    """
+    try:
+        return _whole(json.loads(path.read_text()), "method")
+    except ValueError as error:
+        raise UserError(f"{path} is corrupt ({error}); move the folder away to run again") from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The resolved configuration of the finished run in `folder`.
+
+    Errors: UserError where there is none, or a corrupt one.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{folder} is not a finished run: it has no config.yaml")
+    try:
+        return _whole(yaml.load(path.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader)), "dataset")
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{path} is corrupt ({error}); move the folder away to run again") from error
+
+
+def _whole(content: Any, key: str) -> dict[str, Any]:
+    if not isinstance(content, dict) or key not in content:
+        raise ValueError(f"it has no '{key}'")
+    return content
+
+
+def read_results(folder: Path) -> list[dict[str, Any]]:
+    """Every result.json below `folder`, with its folder under 'folder'; one that is corrupt is left out, and named.
+
+    Errors: UserError when the folder is missing.
     """
     if not folder.is_dir():
         raise UserError(f"no folder {folder}; results lie where out=DIR put them (outputs by default)")
     found = []
     for path in sorted(folder.rglob("result.json")):
         try:
-            found.append({**json.loads(path.read_text()), "folder": str(path.parent)})
-        except ValueError as error:
-            raise UserError(f"{path} is corrupt: {error}") from error
+            found.append({**read_result(path), "folder": str(path.parent)})
+        except UserError as error:
+            print(f"left out: {error}", file=sys.stderr)
     return found
 
 
@@ -118,13 +150,11 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 def compare(a: Path, b: Path) -> str:
     """What differs between two runs in configuration and outcome, as text in three columns."""
     lines = [("", a.name, b.name)]
-    for name in ("config.yaml", "result.json"):
-        pair = []
-        for folder in (a, b):
-            if not (folder / name).is_file():
-                raise UserError(f"{folder} is not a finished run: it has no {name}")
-            content = yaml.safe_load((folder / name).read_text())
-            pair.append(_flat({k: v for k, v in content.items() if k not in ("identity", "out")}))
+    for folder in (a, b):
+        if not (folder / "result.json").is_file():
+            raise UserError(f"{folder} is not a finished run: it has no result.json")
+    for read in (read_config, lambda folder: read_result(folder / "result.json")):
+        pair = [_flat({k: v for k, v in read(f).items() if k not in ("identity", "out")}) for f in (a, b)]
         for key in sorted(pair[0].keys() | pair[1].keys()):
             x, y = (p.get(key, "-") for p in pair)
             if x != y:

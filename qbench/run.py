@@ -18,12 +18,13 @@ from qbench.build import clear_errors, make_method, make_model, place_net, quant
 from qbench.data import DataSet, batches, load
 from qbench.errors import UserError
 from qbench.hooks import Distill
-from qbench.outcome import code_hash, summary, write
+from qbench.outcome import summary, write
 from qbench.recipe import Recipe
 from qbench.recorder import Recorder
-from qbench.report import tell
+from qbench.report import read_result, tell
 from qbench.resolve import digest, folder_name, identity, parent_of
 from qbench.screen import Screen
+from qbench.source import code_hash
 
 # Float parents that travel with the repository, so that every run starts from the same nets.
 COMMITTED = Path(__file__).resolve().parent.parent / "docs" / "results" / "parents"
@@ -46,13 +47,7 @@ class Run:
     def result(self) -> dict[str, Any] | None:
         """The result of the finished run, or None."""
         path = self.folder / "result.json"
-        if not path.is_file():
-            return None
-        try:
-            found = json.loads(path.read_text())
-        except ValueError as error:
-            raise UserError(f"{path} is corrupt ({error}); move the folder away to run again") from error
-        return dict(found)
+        return read_result(path) if path.is_file() else None
 
 
 def prepare(config: dict[str, Any], data: DataSet | None = None) -> Run:
@@ -151,6 +146,8 @@ def float_parent(run: Run, screen: Screen) -> tuple[Path, dict[str, Any]]:
         done = replace(parent, folder=folder)
         found = done.result()
         if found is not None:
+            if not (folder / "model.pt").is_file():
+                raise UserError(f"{folder} has lost its model.pt; move the folder away, and it is trained again")
             screen.line(f"float parent: {folder} ({found['accuracy_last']:.2f} %)")
             return folder / "model.pt", found
     screen.line(f"float parent: training it once, in {parent.folder}")

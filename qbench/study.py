@@ -18,6 +18,7 @@ from qbench import cards, catalog, study_pages
 from qbench.cards import Card, Row
 from qbench.errors import UserError, unknown
 from qbench.files import atomic_write
+from qbench.source import code_hash
 from qbench.study_results import RESULTS, entry, finished, key_of, read
 
 Compose = Callable[[Sequence[str]], dict[str, Any]]
@@ -114,11 +115,11 @@ def _flag(name: str, text: str) -> bool:
 
 
 def _seeds(text: str) -> tuple[int, ...]:
-    """'3' is the seeds 0, 1, 2; '0,4' these two."""
-    parts = text.split(",")
-    if not all(p.isdigit() for p in parts) or text == "0":
-        raise UserError(f"seeds must be how many (seeds=3: 0, 1, 2) or which (seeds=0,4), got '{text}'")
-    return tuple(range(int(text))) if len(parts) == 1 else tuple(map(int, parts))
+    """'3' is the seeds 0, 1, 2; '0,4' these two; '4,' this one."""
+    parts = [p for p in text.split(",") if p]
+    if not parts or not all(p.isdigit() for p in parts) or text == "0":
+        raise UserError(f"seeds must be how many (seeds=3: 0, 1, 2) or which (seeds=0,4 or seeds=4,), got '{text}'")
+    return tuple(map(int, parts)) if "," in text else tuple(range(int(text)))
 
 
 def words_of(row: Row, budget: str) -> list[str]:
@@ -144,7 +145,7 @@ class Study:
         self.folder = ask.results / card.name
         self.kept = read(self.folder)
         # what is committed counts beside what was run here
-        self.runs = {r["key"]: r for r in finished({Path(ask.out), default_results()}) if "key" in r}
+        self.runs = {r["key"]: r for r in finished({Path(ask.out), ask.results}) if "key" in r}
 
     def do(self, rows: Sequence[Row]) -> int:
         """Collect, run what is missing (not with draw or plan), draw; returns the exit status."""
@@ -190,12 +191,13 @@ class Study:
         keys = (key_of(config, r["identity"]["data"], r["split"]) for r in facts.values())
         return next((self.runs[k] for k in keys if k in self.runs), None)
 
-    def done(self, row: Row, seed: int) -> bool:
-        """Whether the run is in results.json, made with the configuration of today."""
-        return any(
-            (e["row"], e["seed"], e["budget"]) == (row.id, seed, self.ask.budget) and not e["earlier"]
-            for e in self.kept.entries
-        )
+    def done(self, row: Row, seed: int) -> str:
+        """How the run is in results.json, made with the configuration of today; empty where it is not."""
+        for e in self.kept.entries:
+            if (e["row"], e["seed"], e["budget"]) == (row.id, seed, self.ask.budget) and not e["earlier"]:
+                same = e.get("code") == code_hash(self.config(row, self.ask.budget, seed))
+                return "done before" if same else "done before, by other code (results=DIR out=DIR: afresh, there)"
+        return ""
 
     def add(self, row: Row, budget: str, result: Mapping[str, Any]) -> None:
         """Keep a result; one of the same row, seed, budget and key is replaced, none is ever dropped."""
@@ -207,8 +209,8 @@ class Study:
         failed = 0
         for i, (row, seed) in enumerate(todo, 1):
             title = f"[{i}/{len(todo)}] {self.card.name} {row.id} seed {seed}"
-            if self.done(row, seed):
-                print(f"{title}: done before", flush=True)
+            if done := self.done(row, seed):
+                print(f"{title}: {done}", flush=True)
                 continue
             print(f"\n{title}: {' '.join(row.words or ())}", flush=True)
             try:
@@ -259,9 +261,6 @@ class Study:
 def _two(rows: Sequence[Row]) -> list[Row]:
     """Two rows of different methods where there are any, the float net last."""
 
-    def method(row: Row) -> str:
-        return next((w for w in row.words or () if w.startswith("method=")), "")
-
-    order = sorted(rows, key=lambda r: method(r) == "method=float")
-    other = next((r for r in order[1:] if method(r) != method(order[0])), None)
+    order = sorted(rows, key=lambda r: r.method == "float")
+    other = next((r for r in order[1:] if r.method != order[0].method), None)
     return [*order[:1], *([other] if other else order[1:2])]

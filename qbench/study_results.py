@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from qbench.cards import Card, Row
 from qbench.errors import UserError
+from qbench.report import read_config, read_result
 
 RESULTS = "results.json"
 BUDGETS = ("paper", "short", "demo", "smoke")
@@ -151,8 +150,7 @@ def entry(card: Card, row: Row, budget: str, result: Mapping[str, Any]) -> dict[
 
 def split_in(folder: Path) -> dict[str, Any]:
     """`split_of` the data set of the run in `folder`."""
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    return split_of(yaml.load((folder / "config.yaml").read_text(), loader)["dataset"])
+    return split_of(read_config(folder)["dataset"])
 
 
 def finished(folders: Iterable[Path]) -> Iterator[dict[str, Any]]:
@@ -160,7 +158,6 @@ def finished(folders: Iterable[Path]) -> Iterator[dict[str, Any]]:
     for folder in folders:
         for path in sorted(folder.glob("**/result.json")):
             try:
-                found = {**json.loads(path.read_text()), "folder": str(path.parent)}
-                yield {**found, "split": split_in(path.parent)}
-            except (ValueError, OSError, yaml.YAMLError) as error:
-                print(f"{path} is left out: {error}", file=sys.stderr)
+                yield {**read_result(path), "folder": str(path.parent), "split": split_in(path.parent)}
+            except (UserError, OSError) as error:
+                print(f"left out: {error}", file=sys.stderr)

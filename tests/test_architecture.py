@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from qbench.errors import UserError
+
 PACKAGE = Path(__file__).resolve().parent.parent / "qbench"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LEAVES = ("errors", "ops", "ranges", "quantizer", "files", "recipe", "bits", "screen")
@@ -25,6 +27,7 @@ LIGHT = (
     "resolve",
     "report",
     "screen",
+    "source",
     "files",
     "xor_spec",
     "sweep",
@@ -201,6 +204,19 @@ def test_the_options_of_a_command_stand_in_its_help() -> None:
 
     assert not [o for o in OPTIONS if o != "debug" and f"{o}=" not in HELP["bench"]]
     assert not [o for o in PAPER if f"{o}=" not in HELP["paper"]]
+
+
+@pytest.mark.parametrize(("field", "said"), [("family: odd", "unknown method.family in odd.yaml"), ("", "is missing")])
+def test_a_method_that_is_not_whole_is_named(
+    field: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qbench import catalog
+
+    (tmp_path / "method").mkdir()
+    (tmp_path / "method" / "odd.yaml").write_text(f"method: {{name: odd, title: Odd, summary: odd, {field}}}\n")
+    monkeypatch.setattr(catalog, "conf_folder", lambda: tmp_path)
+    with pytest.raises(UserError, match=said):
+        catalog.methods()
 
 
 def test_list_shows_everything_that_conf_holds() -> None:

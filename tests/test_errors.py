@@ -129,9 +129,29 @@ def _float_run(tiny: Cli, tmp_path: Path) -> Path:
 
 def test_a_corrupt_result(tiny: Cli, cli: Cli, tmp_path: Path) -> None:
     path = _float_run(tiny, tmp_path) / "result.json"
-    path.write_text('{"method": "flo')
-    refused(tiny("method=float", "out=o"), str(path.relative_to(tmp_path)), "corrupt", "move the folder away")
-    refused(cli("table", "o"), "result.json", "corrupt")
+    assert tiny("method=float", "out=o", "seed=1").status == 0
+    for content in ('{"method": "flo', "{}", "[]"):
+        path.write_text(content)
+        refused(tiny("method=float", "out=o"), str(path.relative_to(tmp_path)), "corrupt", "move the folder away")
+        refused(cli("compare", path.parent, path.parent), "result.json", "corrupt")
+        said = cli("table", "o")  # the others are shown
+        assert (said.status, "float" in said.out, "left out" in said.err) == (0, True, True)
+
+
+@pytest.mark.parametrize("content", ["", "a: [", "dataset"])
+def test_a_corrupt_configuration(tiny: Cli, cli: Cli, tmp_path: Path, content: str) -> None:
+    folder = _float_run(tiny, tmp_path)
+    (folder / "config.yaml").write_text(content)
+    for words in (("eval", folder), ("compare", folder, folder)):
+        refused(cli(*words), "config.yaml", "corrupt")
+
+
+def test_a_parent_without_its_net(tiny: Cli, tmp_path: Path) -> None:
+    folder = _float_run(tiny, tmp_path)
+    (folder / "model.pt").unlink()
+    refused(tiny("method=pact", "bits=4", "out=o"), folder.name, "lost its model.pt", "move the folder away")
+    folder.rename(tmp_path / "away")
+    assert tiny("method=pact", "bits=4", "out=o").status == 0
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", "half"])

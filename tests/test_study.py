@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import yaml
 
-from qbench import cards, study, study_pages
+from qbench import cards, catalog, study, study_pages
 from qbench.cards import Card, Claim, Row
 from qbench.errors import UserError
 from qbench.overrides import resolve_row
+from qbench.source import code_hash
 from qbench.study_results import RESULTS, Kept, key_of, read, split_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -209,6 +210,52 @@ def test_a_study_runs_once_and_outlives_its_outputs(
     assert str(tmp_path) not in text
     for name in ("table.md", "table.csv", "figure.png", "figure.pdf"):
         assert (Path("r") / "toy" / name).stat().st_size > 100
+
+
+def test_what_other_code_computed_is_told(
+    go: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    card = toy(tmp_path)
+    _, kept = go(card, only=("pact",))
+    path = Path("r") / "toy" / RESULTS
+    path.write_text(Kept([{**kept.entries[0], "code": "0123456789"}]).text())
+    shutil.rmtree("o")
+    go(card, only=("pact",), seeds=(0, 1))
+    assert "pact seed 0: done before, by other code" in capsys.readouterr().out
+    page = (Path("r") / "toy" / "table.md").read_text()
+    assert "`method=pact`, computed by 2 versions of the code: `0123456789` pact, seed 0; `" in page
+
+
+def test_code_is_known_without_comments_and_docstrings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    texts = (
+        "def f(x):\n    return x",
+        '"""Of f."""\n\ndef f(x):  # f\n    "f"\n    return (x)',
+        "def f(x):\n    return -x",
+    )
+    hashes = []
+    for i, text in enumerate(texts):
+        (tmp_path / f"part{i}.py").write_text(text)
+        hashes.append(code_hash({"method": {"_target_": f"part{i}.f"}, "model": {}}))
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_a_card_that_is_not_whole_stands_in_the_way_of_itself_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    conf = tmp_path / "conf"
+    shutil.copytree(catalog.conf_folder() / "paper", conf / "paper")
+    (conf / "paper" / "half.yaml").write_text("title: half\nrows: [{id: a, run: 3}]\nclaims: [x]\n")
+    monkeypatch.setattr(catalog, "conf_folder", lambda: conf)
+    assert "pact_table1" in study_pages.index(tmp_path)
+    assert "pact_table1" in study_pages.listing()
+    assert "left out: half.yaml: the field" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", [{"claims": ["x"]}, {"claims": [{"text": "x"}]}, {"tolerance": "half"}])
+def test_a_wrong_field_names_the_card(tmp_path: Path, change: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"toy\.yaml: .*CONTRIBUTING"):
+        toy(tmp_path, **change)
 
 
 def test_a_run_of_another_study_counts_and_draw_runs_nothing(go: Callable[..., Any], tmp_path: Path) -> None:
@@ -424,6 +471,7 @@ def test_wrong_words_are_answered(words: tuple[str, ...], said: str, cli: Callab
 def test_seeds() -> None:
     assert study._seeds("3") == (0, 1, 2)
     assert study._seeds("1,4") == (1, 4)
+    assert study._seeds("4,") == (4,)
 
 
 def test_listing_is_quick_and_complete() -> None:

@@ -1,0 +1,50 @@
+"""Which code a run was made by. No torch here."""
+
+import ast
+import json
+import re
+from collections.abc import Mapping
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from qbench.resolve import digest
+
+# What decides the numbers of every run, beside the method's own files and the model's.
+CORE = (
+    "evaluation",
+    "hooks",
+    "layers",
+    "method",
+    "ops",
+    "optim",
+    "quantizer",
+    "quantizers",
+    "recipe",
+    "surgery",
+    "trainer",
+    "uniform",
+)
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def code_hash(config: Mapping[str, Any]) -> str:
+    """Ten hex digits over the code of the core and of the modules that this run's configuration names."""
+    text = json.dumps([config["method"], config["model"]])
+    named = {target.rpartition(".")[0] for target in re.findall(r'"_target_": "([^"]+)"', text)}
+    return digest([_code(name) for name in sorted({f"qbench.{name}" for name in CORE} | named)])
+
+
+@cache
+def _code(module: str) -> str:
+    """The source of a module without comments, docstrings and layout; empty where there is none."""
+    try:
+        spec = find_spec(module)
+        tree = ast.parse(Path(spec.origin).read_text()) if spec and spec.origin else ast.Module([], [])
+    except (ImportError, OSError, ValueError, SyntaxError):  # built in, or not in Python
+        return ""
+    for node in ast.walk(tree):
+        if isinstance(node, DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree)
