@@ -262,7 +262,8 @@ def _versions(found: Sequence[Cell]) -> list[str]:
         by_code: dict[str, list[str]] = {}
         for c in found:
             for e in c.entries if c.row.method == method else ():
-                by_code.setdefault(e.get("code", "unknown"), []).append(f"{c.row.label}, seed {e['seed']}")
+                seed = f", seed {e['seed']}" if len(c.entries) > 1 else ""
+                by_code.setdefault(e.get("code", "unknown"), []).append(f"{c.row.label}{seed}")
         if len(by_code) > 1:
             rows = "; ".join(f"`{code}` {' and '.join(names)}" for code, names in by_code.items())
             lines += ["", f"`method={method}`, computed by {len(by_code)} versions of the code: {rows}."]
