@@ -106,7 +106,7 @@ class AnnealSlope(Hook):
         self.before_step(state)
 
     def before_step(self, state: State) -> None:
-        share = state.step / max(1, state.steps)
+        share = state.training_share
         for module in state.model.modules():
             if isinstance(module, Slope) and module.kind == "tanh":
                 module.t.fill_(self.t[0] * (self.t[1] / self.t[0]) ** share)

@@ -27,13 +27,7 @@ def names(group: str) -> list[str]:
 
 def aliases() -> dict[str, str]:
     """{alias: method} of the method files that only point to another one."""
-    found = {}
-    for name in names("method"):
-        head = (conf_folder() / "method" / f"{name}.yaml").read_text().splitlines()
-        target = [line.removeprefix("# alias:").strip() for line in head if line.startswith("# alias:")]
-        if target:
-            found[name] = target[0]
-    return found
+    return {name: target for name in names("method") if (target := remark("method", name, "alias"))}
 
 
 def methods() -> list[dict[str, Any]]:
@@ -52,11 +46,6 @@ def methods() -> list[dict[str, Any]]:
                 raise unknown(f"method.family in {path.name}", method["family"], FAMILIES)
             found.append(method)
     return sorted(found, key=lambda m: (FAMILIES.index(m["family"]), m["name"]))
-
-
-def describe(group: str, name: str) -> str:
-    """The one-line description in a YAML's first lines (`# description:` or `description:`)."""
-    return remark(group, name, "description")
 
 
 def remark(group: str, name: str, word: str) -> str:
@@ -82,5 +71,5 @@ def listing() -> str:
     lines.append("  aliases: " + ", ".join(f"{a} = {m}" for a, m in aliases().items()))
     for group, title in (("model", "MODELS"), ("dataset", "DATA SETS"), ("budget", "BUDGETS")):
         lines += ["", f"{title} ({group}=)"]
-        lines += [f"  {name:<14} {describe(group, name)}" for name in names(group)]
+        lines += [f"  {name:<14} {remark(group, name, 'description')}" for name in names(group)]
     return "\n".join(lines)

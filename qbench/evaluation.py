@@ -58,20 +58,16 @@ def calibrate(
     for q in quantizers.values():
         q.enabled = False
         handles.append(q.register_forward_pre_hook(lambda module, args: module.calibrate(args[0].detach().float())))
-    buffers = {name: b.clone() for name, b in model.named_buffers()} if scratch else {}
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)] if scratch else []
+    before = [(b, b.clone()) for m in norms for b in m.buffers(recurse=False)]
     model.train(scratch)
     with torch.no_grad(), autocast(device, precision), quantized_weights(model):
         for x, _ in batches:
             model(x)
     for handle in handles:
         handle.remove()
-    own = dict(model.named_buffers())
-    for prefix, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            for leaf in dict(module.named_buffers(recurse=False)):
-                name = f"{prefix}.{leaf}" if prefix else leaf
-                if name in buffers:
-                    own[name].copy_(buffers[name])
+    for buffer, was in before:
+        buffer.copy_(was)
     for q in quantizers.values():
         q.finish_calibration()
         q.enabled = True

@@ -74,12 +74,17 @@ class QuantLayer(nn.Module):
         """
         if self.input_quantizer is not None and not quantized:
             x = self.input_quantizer(x)
-        y = self.apply_op(x, self.quantized_weight(), self.bias)
+        return self.behind(self.compute(x))
+
+    def compute(self, x: Tensor) -> Tensor:
+        """The layer between its quantizers."""
+        return self.apply_op(x, self.quantized_weight(), self.bias)
+
+    def behind(self, y: Tensor) -> Tensor:
+        """The error quantizer, then the output quantizer."""
         if self.error_quantizer is not None:
             y = ops.on_backward(y, self.error_quantizer)
-        if self.output_quantizer is not None:
-            y = self.output_quantizer(y)
-        return y
+        return y if self.output_quantizer is None else self.output_quantizer(y)
 
     def extra_repr(self) -> str:
         return f"{'conv' if self.conv else 'linear'}, weight={list(self.weight_shape)}"

@@ -45,15 +45,13 @@ class Rule:
 
 @dataclass
 class State:
-    """What a hook may see. `teacher` is the float parent (None with init=scratch)."""
+    """What a hook may see. `teacher` is the float parent, where distillation asks for it."""
 
     model: nn.Module
     generator: torch.Generator
     steps: int = 0
     step: int = 0
     epoch: float = 0.0
-    steps_per_epoch: int = 1
-    training_share: float = 0.0  # of this phase, 0..1
     teacher: nn.Module | None = None
     optimizer: torch.optim.Optimizer | None = None
     inputs: Tensor | None = None
@@ -63,7 +61,11 @@ class State:
     lr_scale: float = 1.0  # the schedule's present learning rate divided by its highest
     warmup: float = 0.0  # share of this phase in which the learning rate rises
     lr_drops: tuple[float, ...] = ()  # shares of this phase at which a step schedule cuts the learning rate
-    info: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def training_share(self) -> float:
+        """Of this phase, 0..1."""
+        return self.step / max(1, self.steps)
 
 
 class Hook(nn.Module):

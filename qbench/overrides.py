@@ -100,17 +100,15 @@ def _check_names(keys: Sequence[str], groups: Sequence[str]) -> None:
     """Every key must exist in the configuration of these groups."""
     from omegaconf import OmegaConf
 
-    config = compose(groups)
     known: list[str] = []
 
     def walk(node: Any, prefix: str) -> None:
-        for key in node:
+        for key, value in node.items():
             known.append(f"{prefix}{key}")
-            value = None if OmegaConf.is_missing(node, key) else node._get_node(key)
-            if OmegaConf.is_dict(value) and not value._is_none() and not value._is_interpolation():  # type: ignore[union-attr]
+            if isinstance(value, dict):
                 walk(value, f"{prefix}{key}.")
 
-    walk(config, "")
+    walk(OmegaConf.to_container(compose(groups)), "")
     for key in keys:
         if key in known or key in catalog.GROUPS or re.sub(r"[.\[]\d+\]?", "", key) in known:
             continue
@@ -118,8 +116,8 @@ def _check_names(keys: Sequence[str], groups: Sequence[str]) -> None:
         inner = [k for k in known if k.rpartition(".")[2] == last]
         hint = inner[0] if inner else _nearest(key, known)
         method = next((g for g in groups if g.startswith("method=")), "method=pact")
-        options = [k for k in known if k.startswith("options.") and not OmegaConf.is_dict(OmegaConf.select(config, k))]
-        own = ", ".join(k for k in options if k.count(".") == 1) or "none"
+        inside = {k.rpartition(".")[0] for k in known}
+        own = ", ".join(k for k in known if re.fullmatch(r"options\.\w+", k) and k not in inside) or "none"
         more = f" Options of {method}: {own}." if "options" in key or not hint else ""
         raise UserError(
             f"unknown option '{key}'."

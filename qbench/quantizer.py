@@ -31,7 +31,7 @@ class Codes:
     kind 'affine':   values = (codes - zero) * step
     kind 'codebook': values = codebook[codes]
     kind 'planes':   values = sum_i coefficients[i] * planes[i]; codes has shape [q, *weight], entries -1 or +1
-    `scale` names the tensors that multiply, broadcastable to the weight's shape.
+    `tensors` holds them, broadcastable to the weight's shape.
     """
 
     kind: str
@@ -88,7 +88,7 @@ class Kernel:
 class Quantizer(nn.Module, ABC):
     """Maps a tensor onto a grid: `forward(x) -> x_hat`, same shape and dtype, computed in float32 under autocast too.
 
-    One class serves weights, inputs and errors. `enabled` (inputs and errors only) lets a hook delay quantization and
+    One class serves weights, inputs and errors. `enabled` lets a hook delay quantization and
     lets calibration run with float inputs; the checkpoint stores it with the module. `generator` is set by the trainer,
     for quantizers that draw random numbers; in eval mode they draw none unless their paper evaluates stochastically.
     """

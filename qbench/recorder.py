@@ -50,7 +50,7 @@ class Recorder:
     def trace(self, step: int, epoch: float, values: Mapping[str, float | Tensor]) -> None:
         """Records {"step", "epoch", "traces": {name: value}}: scales of quantizers; in TensorBoard `trace/name`.
 
-        The last word of a name says what it is, so that like is drawn with like: `layer1.conv1.weight.step`.
+        The last word of a name says what it is, so that like is drawn with like: `layer1.conv1.weight_quantizer.step`.
         """
         record = self._append({"step": step, "epoch": epoch, "traces": values})
         self._mirror(((f"trace/{name}", value) for name, value in record["traces"].items()), step)

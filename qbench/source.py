@@ -30,10 +30,21 @@ DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def code_hash(config: Mapping[str, Any]) -> str:
-    """Ten hex digits over the code of the core and of the modules that this run's configuration names."""
+    """Ten hex digits over the code of the core and of the modules that the configuration names, with their imports."""
     text = json.dumps([config["method"], config["model"]])
-    named = {target.rpartition(".")[0] for target in re.findall(r'"_target_": "([^"]+)"', text)}
-    return digest([_code(name) for name in sorted({f"qbench.{name}" for name in CORE} | named)])
+    todo = {target.rpartition(".")[0] for target in re.findall(r'"_target_": "([^"]+)"', text)}
+    found = {name: _code(name) for name in (f"qbench.{name}" for name in CORE)}
+    while todo:
+        name = todo.pop()
+        found[name] = _code(name)
+        todo |= _imports(found[name]) - found.keys()
+    return digest([found[name] for name in sorted(found)])
+
+
+def _imports(code: str) -> set[str]:
+    """The modules of ours that `code`, as `ast.unparse` writes it, imports."""
+    lines = re.findall(r"^from (qbench[\w.]*) import (.+)$", code, re.MULTILINE)
+    return {f"qbench.{n}" if m == "qbench" else m for m, names in lines for n in names.split(", ")}
 
 
 @cache

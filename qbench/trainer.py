@@ -83,7 +83,6 @@ class Trainer:
             model=model,
             generator=generator,
             steps=self.total,
-            steps_per_epoch=self.steps_per_epoch,
             teacher=teacher,
             warmup=self._share(recipe.warmup),
             lr_drops=tuple(map(self._share, recipe.milestones)) if recipe.schedule == "step" else (),
@@ -174,7 +173,6 @@ class Trainer:
 
     def train(self) -> Outcome:
         """Run the phase to its end; returns what it came to."""
-        self.state.training_share = self.state.step / max(1, self.total)
         if self.state.step == 0:
             self._before_train()
         self.started = time.monotonic()
@@ -222,7 +220,6 @@ class Trainer:
         loss = self._compute(x, y) if self.captured is None else self._replay(self.captured, x, y)
         state.step += 1
         state.epoch = state.step / self.steps_per_epoch
-        state.training_share = state.step / self.total
         for hook in self.own_hooks():
             hook.after_step(state)
         self.losses.append(loss)

@@ -228,4 +228,4 @@ def test_list_shows_everything_that_conf_holds() -> None:
     for method in catalog.methods():
         assert method["title"] in text
         assert method.get("summary")
-    assert all(catalog.describe(g, n) for g in ("model", "dataset", "budget") for n in catalog.names(g))
+    assert all(catalog.remark(g, n, "description") for g in ("model", "dataset", "budget") for n in catalog.names(g))

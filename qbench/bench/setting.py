@@ -162,7 +162,6 @@ def trainer(config: dict[str, Any], place: torch.device, precision: str) -> tupl
         hook.after_calibrate(loop.state)
         hook.before_train(loop.state)
     loop.state.step = STEPS * 9 // 10
-    loop.state.training_share = 0.9
     return loop, x, y
 
 

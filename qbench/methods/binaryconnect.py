@@ -157,5 +157,5 @@ class OutputNorm(QuantLayer):
         plain = nn.BatchNorm1d(layer.out_features)
         self.norm = norm(plain, site) if norm else plain
 
-    def forward(self, x: Tensor, quantized: bool = False) -> Tensor:
-        return self.norm(super().forward(x, quantized))  # type: ignore[no-any-return]
+    def behind(self, y: Tensor) -> Tensor:
+        return self.norm(super().behind(y))  # type: ignore[no-any-return]

@@ -149,4 +149,4 @@ class Fade(Hook):
     def before_step(self, state: State) -> None:
         for module in state.model.modules():
             if isinstance(module, FourierSign):
-                module.alpha.fill_(self.alpha * (1 - state.step / max(1, state.steps)))
+                module.alpha.fill_(self.alpha * (1 - state.training_share))

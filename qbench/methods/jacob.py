@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from qbench import ops, quantizer, ranges
+from qbench import quantizer, ranges
 from qbench.layers import QuantLayer, quant_layers
 from qbench.method import Hook, State
 from qbench.quantizer import Kernel, Quantizer, check_choice
@@ -173,17 +173,11 @@ class FoldedLayer(QuantLayer):
         """The folded weight of inference on its grid."""
         return self._quantize(self.folded()[0])
 
-    def forward(self, x: Tensor, quantized: bool = False) -> Tensor:
-        if self.input_quantizer is not None and not quantized:
-            x = self.input_quantizer(x)
+    def compute(self, x: Tensor) -> Tensor:
         if self.training and not self.frozen:
-            y = self._train(x)
-        else:
-            weight, bias = self.folded()
-            y = self.apply_op(x, self._quantize(weight), bias)
-        if self.error_quantizer is not None:
-            y = ops.on_backward(y, self.error_quantizer)
-        return y if self.output_quantizer is None else self.output_quantizer(y)
+            return self._train(x)
+        weight, bias = self.folded()
+        return self.apply_op(x, self._quantize(weight), bias)
 
     def _train(self, x: Tensor) -> Tensor:
         plain = self.apply_op(x, self.weight, self.bias)

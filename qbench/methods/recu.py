@@ -137,8 +137,7 @@ class RaiseTau(Hook):
         self.lo, self.hi = lo, hi
 
     def before_step(self, state: State) -> None:
-        share = state.step / max(1, state.steps)
-        tau = self.lo + (self.hi - self.lo) * math.expm1(share) / math.expm1(1)
+        tau = self.lo + (self.hi - self.lo) * math.expm1(state.training_share) / math.expm1(1)
         for module in state.model.modules():
             if isinstance(module, ReCUWeight):
                 module.tau.fill_(tau)

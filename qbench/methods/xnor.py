@@ -4,7 +4,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qbench import ops
 from qbench.binary import BinaryWeight
 from qbench.layers import QuantLayer, quant_layers
 from qbench.method import Hook, State
@@ -56,9 +55,7 @@ class XnorLayer(QuantLayer):
         y = (y.float() * self.input_scale(x if before is None else before)).to(y.dtype)  # torch is slow at it in bf16
         if self.bias is not None:
             y = y + (self.bias.view(-1, 1, 1) if self.conv else self.bias).to(y.dtype)
-        if self.error_quantizer is not None:
-            y = ops.on_backward(y, self.error_quantizer)
-        return y if self.output_quantizer is None else self.output_quantizer(y)
+        return self.behind(y)
 
 
 class CenterAndClamp(Hook):

@@ -386,10 +386,10 @@ def test_two_steps(fold: str) -> None:
     assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters())
     model.eval()
     x = random(4, 3, 16, 16)
+    averages = {n: b.clone() for n, b in model.named_buffers()}
     once = model(x)
     with quantized_weights(model):
         assert torch.equal(model(x), once)
-    averages = {n: b.clone() for n, b in model.named_buffers()}
     assert all(torch.equal(b, averages[n]) for n, b in model.named_buffers())
     other = net("bits=4", f"options.fold={fold}")
     other.load_state_dict(model.state_dict())
