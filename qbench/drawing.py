@@ -111,6 +111,11 @@ def log_scale(axes: "Axes") -> None:
     axes.yaxis.set_minor_formatter(Plain())
 
 
+def latent_name(histogram: Mapping[str, Any]) -> str:
+    """What a histogram of latents shows; records of earlier versions do not say."""
+    return str(histogram.get("name", "latent weight"))
+
+
 def relative(histogram: dict[str, Any]) -> list[float]:
     """The counts of a histogram, its peak as 1."""
     peak = max(histogram["counts"], default=0) or 1

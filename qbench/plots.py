@@ -18,6 +18,7 @@ from qbench.drawing import (
     Curve,
     edges,
     evenly,
+    latent_name,
     log_scale,
     records_of,
     relative,
@@ -99,6 +100,7 @@ def histograms(
         raise UserError(f"{Path(folder) / METRICS} holds no histogram to draw: no layer of this run was quantized.")
     layers, result = taken[-1]["histograms"], result or result_of(folder)
     shown = evenly(list(layers), MOST_LAYERS)
+    latent = latent_name(layers[shown[0]]["latent"])  # one method, one kind of latent
     title = f"{title_of(result)}\nweights after epoch {taken[-1]['epoch']:g}"
     if len(shown) < len(layers):
         title += f"; {len(shown)} of {len(layers)} quantized layers, evenly chosen"
@@ -119,18 +121,18 @@ def histograms(
         for index, name in enumerate(shown):
             cell = grid[index // columns, index % columns].subgridspec(2, 1, height_ratios=[2, 1], hspace=0.72)
             panels = figure.add_subplot(cell[0]), figure.add_subplot(cell[1])
-            panels[0].set_title(f"{_short(name)}{_bits(layers[name], result)}")
+            panels[0].set_title(f"{_short(name)}{_levels(layers[name])}")
             _draw_values(panels[0], layers[name])
             _draw_codes(panels[1], layers[name])
             if index % columns == 0:
                 panels[0].set_ylabel("frequency\n(peak = 1)")
                 panels[1].set_ylabel("codes\n(%)")
             if index + columns >= len(shown):  # nothing stands below
-                panels[0].set_xlabel("weight", labelpad=1)
+                panels[0].set_xlabel(latent.removeprefix("latent "), labelpad=1)
                 panels[1].set_xlabel("code", labelpad=1)
         figure.align_ylabels()
         stem = Line2D([], [], color="black", linewidth=0.9, marker="o", markersize=2.2)
-        names = ["latent weight", "quantized weight"]
+        names = [latent, "quantized weight"]
         figure.legend([Patch(facecolor=FILL, edgecolor=BLUE), stem], names, loc="lower center", ncols=2)
         return save(figure, Path(folder) / "histograms.png", dpi, pdf)
 
@@ -146,9 +148,9 @@ def _short(name: str) -> str:
     return name if len(name) <= 18 else f"{name[:5]}…{name[-12:]}"
 
 
-def _bits(layer: dict[str, Any], result: Mapping[str, Any]) -> str:
-    bits = math.ceil(math.log2(layer["levels"])) if layer["levels"] else result.get("w_bits")
-    return "" if bits is None else f", {bits:g} bit{'s' * (bits != 1)}"
+def _levels(layer: dict[str, Any]) -> str:
+    """Levels, not bits: what is stored of a weight may be less than its level (FleXOR) or more (ABC-Net)."""
+    return f", {layer['levels']} levels" if layer["levels"] else ""
 
 
 def _draw_accuracy(axes: "Axes", accuracy: dict[str, Curve], result: Mapping[str, Any]) -> None:
@@ -286,11 +288,15 @@ def _draw_codes(axes: "Axes", layer: dict[str, Any]) -> None:
     total = sum(codes["counts"])
     shares = [100 * count / total for count in codes["counts"]]
     if "values" in codes:
-        axes.bar(codes["values"], shares, width=0.8 if len(shares) <= 32 else 1, color="0.45")
+        places = codes["values"]
+        if layer["levels"] and places[-1] >= layer["levels"]:  # ABC-Net: few of the planes' codes are levels
+            places = range(len(places))
+        axes.bar(places, shares, width=0.8 if len(shares) <= 32 else 1, color="0.45")
     else:
         axes.stairs(shares, edges(codes), fill=True, color="0.45")
     most = f" of {math.log2(layer['levels']):.3g}" if layer["levels"] else ""
     axes.set_ylim(0, 1.6 * max(shares))  # room for the entropy
-    axes.text(0.98, 0.98, f"{codes['entropy']:.2f}{most} bits", transform=axes.transAxes, ha="right", va="top", size=7)
+    entropy = f"entropy {codes['entropy']:.2f}{most} bits"
+    axes.text(0.98, 0.98, entropy, transform=axes.transAxes, ha="right", va="top", size=7)
     axes.locator_params(axis="x", integer=True, nbins=5)
     axes.locator_params(axis="y", nbins=2)

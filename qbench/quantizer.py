@@ -29,7 +29,7 @@ class Codes:
     """Integer codes and what turns them back into values.
 
     kind 'affine':   values = (codes - zero) * step
-    kind 'codebook': values = codebook[codes]
+    kind 'codebook': values = codebook[codes]; a code below 0 counts from the end
     kind 'planes':   values = sum_i coefficients[i] * planes[i]; codes has shape [q, *weight], entries -1 or +1
     `tensors` holds them, broadcastable to the weight's shape.
     """
@@ -96,6 +96,7 @@ class Quantizer(nn.Module, ABC):
     bits: float
     signed: bool = True
     granularity: str = "per_tensor"
+    latent_name: str = "latent weight"  # what `latent` gives, in the words of a figure
     watches: bool = False  # its range follows what it is given: it must be called, and nothing may take its place
     casts: bool = False  # whether `quantize` takes and gives bf16 too, computing in float32 inside its formula
     idempotent: bool = True  # quantizing a quantized tensor changes nothing; a paper whose map is not says so

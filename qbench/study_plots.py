@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qbench.cards import Card
-from qbench.drawing import DASHES, STYLE, save
+from qbench.drawing import DASHES, STYLE, latent_name, save
 from qbench.study_pages import Cell, accuracy
 
 if TYPE_CHECKING:
@@ -161,4 +161,4 @@ def _histograms(figure: Any, card: Card, cells: Sequence[Cell]) -> None:
         panel.set_yticks([0, 1])
         if i == 0:
             panel.set_ylabel("frequency\n(peak = 1)")
-        panel.set_xlabel(f"weight of {card.figure.histogram}")
+        panel.set_xlabel(f"{latent_name(found)} of {card.figure.histogram}")

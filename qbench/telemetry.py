@@ -45,6 +45,7 @@ class Telemetry:
             with _evaluating(q):
                 codes = weight_codes(q.codes(latent))
                 histograms[name] = layer_histogram(latent, q(latent), codes, q.levels)
+                histograms[name]["latent"]["name"] = q.latent_name
                 measures[name] = self._measure(name, q, latent, codes, histograms[name]["codes"])
         if histograms:
             recorder.histograms(step, epoch, histograms)

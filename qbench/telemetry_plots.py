@@ -11,6 +11,7 @@ from qbench.drawing import (
     Curve,
     edges,
     evenly,
+    latent_name,
     log_scale,
     records_of,
     relative,
@@ -170,7 +171,7 @@ def _draw_latents(figure: "Figure", taken: Sequence[dict[str, Any]]) -> None:
         panel.set_axis_off()
     for panel, name in zip(axes, names, strict=False):
         panel.set_title(name)
-        panel.set_xlabel("latent weight")
+        panel.set_xlabel(latent_name(taken[-1]["histograms"][name]["latent"]))
         panel.locator_params(axis="x", nbins=4)
         for time, (shade, dash, width) in zip(times, styles, strict=True):
             latent = taken[time]["histograms"][name]["latent"]

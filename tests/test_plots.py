@@ -7,11 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from PIL import Image
 
 from qbench import drawing, plots
 from qbench.errors import UserError
+from qbench.layers import QuantLayer
+from qbench.methods.flexor import FleXOR
 from qbench.recorder import Recorder, layer_histogram
+from qbench.telemetry import Telemetry
 
 RESULT = {"method": "pact", "model": "resnet20", "dataset": "cifar10", "budget": "short", "w_bits": 4, "a_bits": 4}
 RESULT |= {"seed": 0, "float_accuracy": 91.7, "accuracy_before_training": 10.0}
@@ -72,6 +77,34 @@ def test_equal_records_give_equal_bytes(tmp_path: Path) -> None:
 
 def test_per_channel_values_without_codes(tmp_path: Path) -> None:
     record(tmp_path, per_channel=True)
+    pixels(plots.histograms(tmp_path))
+
+
+def _texts(axes: Axes) -> list[str]:
+    return [text.get_text() for text in axes.texts]
+
+
+def test_codes_are_drawn_as_levels_and_not_taken_for_bits() -> None:
+    w = torch.arange(4.0)
+    planes = layer_histogram(w, w, torch.tensor([0, 4, 6, 7]), 4)  # ABC-Net: three stored bits, four levels
+    axes = Figure().subplots()
+    plots._draw_codes(axes, planes)
+    assert plots._levels(planes) == ", 4 levels"
+    assert [bar.get_x() + bar.get_width() / 2 for bar in axes.patches] == pytest.approx([0, 1, 2, 3])  # type: ignore[attr-defined]
+    assert _texts(axes) == ["entropy 2.00 of 2 bits"]
+    axes = Figure().subplots()
+    plots._draw_codes(axes, layer_histogram(w, w, torch.tensor([-1, 0, 1, 1]), 3))
+    assert [bar.get_x() + bar.get_width() / 2 for bar in axes.patches] == pytest.approx([-1, 0, 1])  # type: ignore[attr-defined]
+
+
+def test_the_latents_of_flexor_are_called_encrypted_weights(tmp_path: Path) -> None:
+    layer = QuantLayer(torch.nn.Conv2d(4, 8, 3))
+    layer.set_weight_quantizer(FleXOR(layer, "weight", bits=0.8))
+    with closing(Recorder(tmp_path, tensorboard=False)) as recorder:
+        Telemetry().record(torch.nn.Sequential(layer), recorder, 0, 0.0)
+    latent = drawing.records_of(tmp_path)[0]["histograms"]["0"]["latent"]
+    assert drawing.latent_name(latent) == "encrypted weight"
+    assert drawing.latent_name({}) == "latent weight"  # a record of an earlier version
     pixels(plots.histograms(tmp_path))
 
 

@@ -133,6 +133,7 @@ class FleXOR(Quantizer):
 
     granularity = "per_channel"
     idempotent = False  # the latent is not a weight
+    latent_name = "encrypted weight"
     s: Tensor
     matrix: Tensor
 

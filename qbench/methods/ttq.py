@@ -88,10 +88,10 @@ class TTQ(Quantizer):
 
     @torch.no_grad()
     def codes(self, x: Tensor) -> Codes:
-        """Indices into (-Wn, 0, Wp)."""
+        """Codes -1, 0, +1: indices into (0, Wp, -Wn), the last of which is -1 too."""
         w, delta = x.float(), self.threshold(x.float())
-        book = torch.stack([-self.wn, torch.zeros_like(self.wp), self.wp])
-        return Codes("codebook", ((w > delta).int() - (w < -delta).int() + 1).to(torch.int8), {"codebook": book})
+        book = torch.stack([torch.zeros_like(self.wp), self.wp, -self.wn])
+        return Codes("codebook", (w > delta).to(torch.int8) - (w < -delta).to(torch.int8), {"codebook": book})
 
     @property
     def levels(self) -> int:
