@@ -36,6 +36,8 @@ STYLE: dict[Any, Any] = {
     "lines.markersize": 3.5,
     "axes.grid": True,
     "axes.axisbelow": True,
+    "axes.formatter.useoffset": False,  # an offset or a power of ten above the axis would lie on the legend
+    "axes.formatter.limits": (-9, 9),
     "grid.color": "0.9",
     "grid.linewidth": 0.5,
     "legend.frameon": False,
@@ -114,6 +116,25 @@ def log_scale(axes: "Axes") -> None:
 def latent_name(histogram: Mapping[str, Any]) -> str:
     """What a histogram of latents shows; records of earlier versions do not say."""
     return str(histogram.get("name", "latent weight"))
+
+
+def label_epochs(axes: Sequence["Axes"]) -> None:
+    """Labels the shared axis: whole epochs where there are several, and one tick where there is but one point."""
+    lo, hi = min(panel.dataLim.x0 for panel in axes), max(panel.dataLim.x1 for panel in axes)
+    if lo == hi:
+        axes[-1].set_xticks([lo])
+    elif hi - lo > 2:
+        axes[-1].locator_params(axis="x", integer=True)
+    axes[-1].set_xlabel("epoch")
+
+
+def widen(axes: "Axes", values: Sequence[float]) -> None:
+    """Limits at least 2 % of the values apart: closer ticks would need more digits than the margin has room for."""
+    finite = [value for value in values if math.isfinite(value)]
+    lo, hi = min(finite, default=0.0), max(finite, default=0.0)
+    room = 0.01 * max(abs(lo), abs(hi))
+    if hi - lo < 2 * room:
+        axes.set_ylim((lo + hi) / 2 - room, (lo + hi) / 2 + room)
 
 
 def relative(histogram: dict[str, Any]) -> list[float]:

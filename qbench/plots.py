@@ -18,6 +18,7 @@ from qbench.drawing import (
     Curve,
     edges,
     evenly,
+    label_epochs,
     latent_name,
     log_scale,
     records_of,
@@ -26,6 +27,7 @@ from qbench.drawing import (
     save,
     title_of,
     traces_of,
+    widen,
 )
 from qbench.errors import UserError
 from qbench.recorder import METRICS
@@ -75,7 +77,7 @@ def curves(
             _draw_loss(next(left), loss)
         for (kind, lines), panel in zip(traces.items(), left, strict=True):
             _draw_traces(panel, kind, lines)
-        _label_epochs(axes)
+        label_epochs(axes)
         _stack(figure, axes, 0.65 if any(len(lines) > MOST_NAMES for lines in traces.values()) else 0.1)
         return save(figure, Path(folder) / "curves.png", dpi, pdf)
 
@@ -238,21 +240,13 @@ def _stack(figure: "Figure", axes: Sequence["Axes"], right: float) -> None:
         panel.yaxis.set_label_coords(-0.53 / inner, 0.5)
 
 
-def _label_epochs(axes: Sequence["Axes"]) -> None:
-    """Labels the shared axis: whole epochs where there are several, and one tick where there is but one point."""
-    lo, hi = min(panel.dataLim.x0 for panel in axes), max(panel.dataLim.x1 for panel in axes)
-    if lo == hi:
-        axes[-1].set_xticks([lo])
-    elif hi - lo > 2:
-        axes[-1].locator_params(axis="x", integer=True)
-    axes[-1].set_xlabel("epoch")
-
-
 def _scale(axes: "Axes", values: list[float]) -> None:
-    """A logarithmic axis where all values are positive and span more than a factor of 20."""
+    """A logarithmic axis where all values are positive and span more than a factor of 20, else one not too narrow."""
     finite = [value for value in values if math.isfinite(value)]
     if finite and min(finite) > 0 and max(finite) / min(finite) > 20:
         log_scale(axes)
+    else:
+        widen(axes, finite)
 
 
 def _draw_values(axes: "Axes", layer: dict[str, Any]) -> None:

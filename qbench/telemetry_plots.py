@@ -19,6 +19,7 @@ from qbench.drawing import (
     save,
     title_of,
     traces_of,
+    widen,
 )
 
 if TYPE_CHECKING:
@@ -122,6 +123,8 @@ def _draw_lines(axes: "Axes", label: str, lines: dict[str, Curve]) -> None:
         log_scale(axes)
     elif label in LABELS.values():
         axes.set_ylim(0, 1.05 * max(values, default=1))
+    else:
+        widen(axes, values)
 
 
 def _grid(figure: "Figure", rows: int, box: tuple[float, float, float, float], gaps: tuple[float, float]) -> Any:

@@ -5,6 +5,7 @@ import sys
 from contextlib import closing
 from pathlib import Path
 
+import matplotlib
 import pytest
 import torch
 from matplotlib.axes import Axes
@@ -134,6 +135,21 @@ def test_traces_are_grouped_by_kind(tmp_path: Path) -> None:
         "input step": ["conv1"],
         "S_tanh": ["fc"],
     }
+
+
+@pytest.mark.parametrize("values", [[0.2, 0.20001, 0.200012], [0.2] * 3, [2e-5, 2.00001e-5]])
+def test_values_that_barely_move_are_labelled_in_full(values: list[float]) -> None:
+    with matplotlib.rc_context(drawing.STYLE):
+        figure = Figure()
+        axes = figure.subplots()
+        axes.plot(values)
+        plots._scale(axes, values)
+        figure.draw_without_rendering()
+        lo, hi = axes.get_ylim()
+        assert hi - lo == pytest.approx(0.02 * values[-1])
+        assert lo < min(values) <= max(values) < hi
+        assert axes.yaxis.get_offset_text().get_text() == ""
+        assert {float(text.get_text()) for text in axes.get_yticklabels()} == {*axes.get_yticks().round(9)}
 
 
 def test_evenly_chosen_layers_hold_first_and_last() -> None:
