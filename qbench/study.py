@@ -137,6 +137,11 @@ def trial_words(row: Row) -> list[str]:
     return [*kept, *narrow, "dataset=synthetic"]
 
 
+def run_words(row: Row, budget: str) -> list[str]:
+    """The overrides that are run: those of a trial with budget=smoke."""
+    return trial_words(row) if budget == "smoke" else words_of(row, budget)
+
+
 class Study:
     """One card on the way: its results.json, the runs that lie in `out`, and what is still to do."""
 
@@ -157,7 +162,7 @@ class Study:
         if self.ask.plan:
             return self.plan(rows)
         status = 0 if self.ask.draw else self.run(rows)
-        print(f"\n{self.card.title}\n{study_pages.screen(self.card, self.kept, self.ask.budget)}\n")
+        print(f"\n{study_pages.screen(self.card, self.kept, self.ask.budget)}\n")
         if self.kept.entries or self.kept.failed:
             self.save()
             print(study_pages.write(self.card, self.folder))
@@ -165,9 +170,8 @@ class Study:
 
     def config(self, row: Row, budget: str, seed: int = 0) -> dict[str, Any]:
         """The resolved configuration of a row."""
-        words = trial_words(row) if budget == "smoke" else words_of(row, budget)
         try:
-            return self.compose([*words, f"seed={seed}", f"out={self.ask.out}", *self.ask.places])
+            return self.compose([*run_words(row, budget), f"seed={seed}", f"out={self.ask.out}", *self.ask.places])
         except UserError as error:
             raise UserError(f"{self.card.name}, row '{row.id}': {error}") from error
 
@@ -212,7 +216,7 @@ class Study:
             if done := self.done(row, seed):
                 print(f"{title}: {done}", flush=True)
                 continue
-            print(f"\n{title}: {' '.join(row.words or ())}", flush=True)
+            print(f"\n{title}: {' '.join(run_words(row, self.ask.budget))}", flush=True)
             try:
                 error = self.one(row, seed)
             except KeyboardInterrupt:
@@ -247,7 +251,7 @@ class Study:
         for row in rows:
             for seed in self.ask.seeds:
                 state = "done" if self.done(row, seed) else "to do"
-                command = " ".join(trial_words(row) if self.ask.trial else words_of(row, self.ask.budget))
+                command = " ".join(run_words(row, self.ask.budget))
                 print(f"  {state:<6} {row.id:<24} qbench {command} seed={seed}")
         print(f"  two cores: {self.card.cost['cpu']}\n  GPU: {self.card.cost['gpu']}")
         return 0

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qbench.cards import Card
-from qbench.drawing import DASHES, STYLE, latent_name, save
-from qbench.study_pages import Cell, accuracy
+from qbench.drawing import DASHES, STYLE, label_epochs, latent_name, save
+from qbench.study_pages import TRIAL, Cell, accuracy, title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,18 +24,18 @@ def draw(card: Card, budgets: Mapping[str, Sequence[Cell]], folder: Path) -> Pat
     from matplotlib.figure import Figure
 
     kind = {"points": _points, "dots": _dots, "drops": _dots, "curves": _curves}[card.figure.kind]
-    shown = {b: cells for b, cells in budgets.items() if any(c.entries for c in cells)} or dict(budgets)
+    shown = {b: cells for b, cells in budgets.items() if _ran(card, cells)} or dict(budgets)
     height = max(3.0, 1.3 + 0.19 * len(card.rows)) if card.figure.kind in ("dots", "drops") else 3.2
     with_histograms = [c for cells in shown.values() for c in cells if _histogram(c)]
     with matplotlib.rc_context(STYLE):
         below = 1.9 if with_histograms else 0
         figure = Figure(figsize=(1.6 + 3.7 * len(shown), height + below), layout="constrained")
-        figure.suptitle(card.title)
+        figure.suptitle(title(card, list(shown)))
         parts: Any = figure.subfigures(2, 1, height_ratios=[height, below]) if below else [figure]
         axes = list(parts[0].subplots(1, len(shown), sharey=True, squeeze=False)[0])
         for panel, (budget, cells) in zip(axes, shown.items(), strict=True):
             kind(panel, card, cells)
-            panel.set_title(_heading(budget, cells))
+            panel.set_title(_heading(budget, _ran(card, cells)))
         handles: dict[str, Any] = {}
         for panel in axes:
             handles |= {str(t): h for h, t in zip(*panel.get_legend_handles_labels(), strict=True) if t not in handles}
@@ -46,15 +46,20 @@ def draw(card: Card, budgets: Mapping[str, Sequence[Cell]], folder: Path) -> Pat
         return save(figure, folder / "figure.png", 150, True)
 
 
+def _ran(card: Card, cells: Sequence[Cell]) -> list[Cell]:
+    """The cells with a number of ours in the figure; where drops are drawn, the float net has none."""
+    return [c for c in cells if (c.own if card.figure.kind == "drops" else c.ours) is not None]
+
+
 def _heading(budget: str, cells: Sequence[Cell]) -> str:
-    seeds = {len(c.entries) for c in cells if c.entries}
+    seeds = {len(c.entries) for c in cells}
     if not seeds:
         return "published; not run yet"
     epochs = sorted({e["epochs"] for c in cells for e in c.entries if e.get("epochs")})
     length = f", {'/'.join(f'{e:g}' for e in epochs)} epochs" if epochs else ""
-    return (
-        f"budget {budget}{length}, {'-'.join(map(str, sorted({min(seeds), max(seeds)})))} seed{'s' * (max(seeds) > 1)}"
-    )
+    trial = f" ({TRIAL})" if budget == "smoke" else ""
+    count = "-".join(map(str, sorted({min(seeds), max(seeds)})))
+    return f"budget {budget}{trial}{length}, {count} seed{'s' * (max(seeds) > 1)}"
 
 
 def _groups(cells: Sequence[Cell]) -> list[str]:
@@ -124,14 +129,14 @@ def _dots(axes: "Axes", card: Card, cells: Sequence[Cell]) -> None:
 
 def _curves(axes: "Axes", card: Card, cells: Sequence[Cell]) -> None:
     """Test accuracy over the epochs, the first seed of each row; published final numbers as hollow marks at the end."""
-    from matplotlib.ticker import MaxNLocator
-
     top, ends = 0.0, []
     for i, cell in enumerate(cells):
         colour, dash = COLOURS[i % len(COLOURS)], DASHES[i % len(DASHES)]
         curve: list[list[float]] = next((e["curve"] for e in cell.entries if e.get("curve")), [])
         if curve:
-            axes.plot([p[0] for p in curve], [p[1] for p in curve], color=colour, linestyle=dash, label=cell.row.label)
+            marker = "o" if len(curve) == 1 else None  # one evaluation alone makes no line
+            style = {"color": colour, "linestyle": dash, "marker": marker}
+            axes.plot([p[0] for p in curve], [p[1] for p in curve], label=cell.row.label, **style)  # type: ignore[arg-type]
             top = max(top, curve[-1][0])
             ends.append(curve)
         if cell.row.published is not None:
@@ -140,8 +145,7 @@ def _curves(axes: "Axes", card: Card, cells: Sequence[Cell]) -> None:
         late = [y for curve in ends for x, y in curve if x >= 0.25 * top]
         span = max(late) - min(late) or 1.0
         axes.set_ylim(min(late) - 0.08 * span, max(late) + 0.08 * span)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("epoch")
+    label_epochs([axes])
     axes.set_ylabel(_unit(card))
 
 

@@ -6,13 +6,15 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from matplotlib.figure import Figure
 
-from qbench import cards, catalog, study, study_pages
+from qbench import cards, catalog, study, study_pages, study_plots
 from qbench.cards import Card, Claim, Row
 from qbench.errors import UserError
 from qbench.overrides import resolve_row
@@ -207,6 +209,8 @@ def test_a_study_runs_once_and_outlives_its_outputs(
     assert capsys.readouterr().out.count("done before") == 3
     text = before + (Path("r") / "toy" / "table.md").read_text()
     assert str(tmp_path) not in text
+    assert "# Trial on narrow nets and synthetic data for Toy Table 1" in text
+    assert "holds" not in text
     for name in ("table.md", "table.csv", "figure.png", "figure.pdf"):
         assert (Path("r") / "toy" / name).stat().st_size > 100
 
@@ -276,7 +280,7 @@ def test_what_fails_is_noted_and_the_rest_is_drawn(go: Callable[..., Any], tmp_p
     page = (Path("r") / "toy" / "table.md").read_text()
     assert "one per stage" in page
     states = {c.row.id: c.status for c in study_pages.cells(card, kept, "smoke")}
-    assert states == {"bad": "failed", "float": "protocol differs", "pact": "not run", "dorefa": "not run"}
+    assert states == {"bad": "failed", "float": "trial", "pact": "not run", "dorefa": "not run"}
 
 
 def test_stopped_by_the_user(go: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -357,6 +361,43 @@ def test_status_gap_and_drop(tmp_path: Path) -> None:
     (cell,) = [c for c in study_pages.cells(card, short, "short") if c.row.id == "pact"]
     assert (cell.status, cell.gap) == ("protocol differs", 0.0)  # a short budget is never a match
     assert cell.own == pytest.approx(0.3)
+
+
+def test_a_trial_is_compared_with_nothing(tmp_path: Path) -> None:
+    card = toy(tmp_path, claims=[{"text": "in this order", "order": ["float", "pact"]}])
+    kept = Kept([entry("float", 12.0, "smoke"), entry("pact", 11.0, "smoke")])
+    found = {c.row.id: c for c in study_pages.cells(card, kept, "smoke")}
+    assert {k: (c.status, c.gap) for k, c in found.items()} == {
+        "float": ("trial", None), "pact": ("trial", None), "dorefa": ("not run", None),
+    }  # fmt: skip
+    assert study_pages.verdict(card, card.claims[0], list(found.values())) == "a trial decides nothing"
+    assert "## budget=smoke: trial on narrow nets and synthetic data" in study_pages.page(card, kept)
+    assert study_pages.title(card, ["short", "smoke"]) == "Toy Table 1"
+    assert study_plots._heading("smoke", [found["pact"]]).startswith("budget smoke (trial on narrow nets")
+
+
+def test_one_evaluation_alone_is_a_mark_above_its_epoch(tmp_path: Path) -> None:
+    card = toy(tmp_path, figure={"kind": "curves"})
+    kept = Kept([entry("float", 12.0, curve=[[0.75, 12.0]]), entry("pact", 11.0, curve=[[1.0, 9.0], [2.0, 11.0]])])
+    one, two = study_pages.cells(card, kept, "paper")[:2]
+    axes = Figure().subplots()
+    study_plots._curves(axes, card, [replace(one, row=replace(one.row, published=None))])
+    assert axes.lines[0].get_marker() == "o"
+    assert axes.get_xticks().tolist() == [0.75]
+    axes = Figure().subplots()
+    study_plots._curves(axes, card, [two])
+    assert axes.lines[0].get_marker() == "None"
+
+
+def test_the_heading_tells_of_the_runs_that_are_shown(tmp_path: Path) -> None:
+    card = toy(tmp_path, figure={"kind": "drops"})
+    kept = Kept([entry("float", 90.0, "short")])
+    assert not study_plots._ran(card, study_pages.cells(card, kept, "short"))
+    assert study_plots._heading("short", []) == "published; not run yet"
+    kept.add(entry("pact", 89.0, "short"))
+    shown = study_plots._ran(card, study_pages.cells(card, kept, "short"))
+    assert [c.row.id for c in shown] == ["pact"]
+    assert study_plots._heading("short", shown) == "budget short, 3 epochs, 1 seed"
 
 
 def test_errors_seeds_and_epochs(tmp_path: Path) -> None:
@@ -443,6 +484,8 @@ def test_the_command_tries_a_card_on_narrow_nets(cli: Callable[..., Any], tmp_pa
     assert said.status == 0, said.err
     kept = read(tmp_path / "o" / "papers" / "flexor_table2")
     assert len(kept.entries) == 2
+    assert "dataset=synthetic" in said.out
+    assert "dataset=cifar10" not in said.out
     assert not list(tmp_path.glob("results*"))
     assert "[flexor_table2](flexor_table2/table.md)" in (tmp_path / "o" / "papers" / "README.md").read_text()
     said = cli("paper", "flexor_table2", "budget=smoke", "out=o", "only=19-16-7", "plan=true")
