@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from qbench.errors import UserError
-
 MATRICES = ("random", "distinct", "covering")
 
 
@@ -192,14 +190,12 @@ def make(
 def check(options: Mapping[str, Any], w_bits: float) -> list[XorSpec]:
     """The specs that a run with these `options` would use, for use before torch loads.
 
-    Errors: UserError saying what to change.
+    Errors: ValueError saying what to change.
     """
     known = {name: options[name] for name in ("n_in", "n_out", "n_tap", "q", "matrix") if name in options}
     try:
         stages = 3 if _many(known.get("n_in")) else 1
         specs = [make(w_bits, **known, seed=options.get("matrix_seed", 0), stage=i) for i in range(stages)]
     except ValueError as error:
-        raise UserError(
-            f"method=flexor: {error}. (n_in, n_out, n_tap, q, matrix: options.n_in=... and so on.)"
-        ) from error
+        raise ValueError(f"{error}. (n_in, n_out, n_tap, q, matrix: options.n_in=... and so on.)") from error
     return specs

@@ -56,6 +56,13 @@ def test_a_cell_that_a_method_does_not_have_is_a_row_of_its_own(tiny: Cli) -> No
     assert "w_bits of 1" in said.out
 
 
+def test_bits_that_no_wiring_of_flexor_gives_are_a_row_of_their_own(tiny: Cli) -> None:
+    said = tiny("-m", "method=flexor", "bits=0.33", "out=o")
+    assert said.status == 0, said.err
+    assert "1 runs: 0 done (0 of them before), 0 failed, 1 not applicable" in said.out
+    assert "n/a: method=flexor: w_bits=0.33 needs n_in" in said.out
+
+
 def test_joblib_runs_side_by_side_with_one_thread_each(process: Cli, tmp_path: Path) -> None:
     words = ("model=tiny", "dataset=synthetic", "budget=smoke", "tensorboard=false", "device=cpu", "out=o")
     one = process(

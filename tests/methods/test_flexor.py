@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qbench import layers, surgery, xor_spec
-from qbench.errors import UserError
 from qbench.method import Rule, State
 from qbench.methods.flexor import FleXOR, Sharpness, decode, wiring_tensor
 from qbench.models.lenet import LeNet5
@@ -202,7 +201,7 @@ def test_option_errors(options: dict[str, object], message: str) -> None:
 def test_check_before_torch() -> None:
     assert [s.n_in for s in xor_spec.check({"n_in": [19, 16, 7], "n_out": 20}, 0.47)] == [19, 16, 7]
     assert xor_spec.check({}, 0.8) == [XorSpec(16)]
-    with pytest.raises(UserError, match=r"method=flexor: n_tap must be at most n_in=16, got 17.*options\.n_in"):
+    with pytest.raises(ValueError, match=r"n_tap must be at most n_in=16, got 17.*options\.n_in"):
         xor_spec.check({"n_tap": 17}, 0.8)
 
 
