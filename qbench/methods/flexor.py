@@ -240,6 +240,10 @@ class FleXOR(Quantizer):
         return super().describe() | xor_spec.facts(self.spec) | {"mode": self.mode}
 
 
+def _is_share(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 <= value <= 1
+
+
 class Sharpness(Hook):
     """Anneal S_tanh of all FleXOR quantizers; a pure function of the share t of the training done.
 
@@ -249,7 +253,7 @@ class Sharpness(Hook):
     `lr` instead of shares means: where the run's own learning rate rises (warmup) or drops (doublings; none unless the
     schedule is `step`). With `clip` the encrypted weights are cut to +-2/S after each step (Fig. 15b).
 
-    Errors: ValueError on a share outside 0..1 or s not above 0.
+    Errors: ValueError on a share outside 0..1, doublings that are no list, s not above 0.
     Reference: arXiv 2009.04126, Sec. 4, Fig. 6 and 15
     """
 
@@ -259,10 +263,12 @@ class Sharpness(Hook):
         super().__init__()
         if not s > 0:
             raise ValueError(f"s must be above 0, got {s!r}")
-        for name, given in (("warmup", warmup), ("doublings", doublings)):
-            shares = [given] if isinstance(given, int | float) else given
-            if given != "lr" and not all(isinstance(x, int | float) and 0 <= x <= 1 for x in shares):
-                raise ValueError(f"{name} must be shares of the training in 0..1 or 'lr', got {given!r}")
+        if warmup != "lr" and not _is_share(warmup):
+            raise ValueError(f"warmup must be a share of the training in 0..1 or 'lr', got {warmup!r}")
+        if doublings != "lr" and not (isinstance(doublings, Sequence) and all(map(_is_share, doublings))):
+            raise ValueError(
+                f"doublings must be a list of shares in 0..1 of the training, as [0.75], or 'lr', got {doublings!r}"
+            )
         self.start, self.warmup, self.doublings, self.clip = float(s), warmup, doublings, clip
 
     def value(self, share: float, lr_warmup: float = 0.0, lr_drops: Sequence[float] = ()) -> float:

@@ -277,9 +277,12 @@ def test_sharpness() -> None:
     shares = (0.0, 0.1, 0.2, 0.5, 0.7499, 0.75, 0.875, 1.0)
     assert [hook.value(t) for t in shares] == [5.0, 7.5, 10.0, 10.0, 10.0, 20.0, 40.0, 40.0]
     assert Sharpness(100.0).value(0.0) == Sharpness(100.0).value(1.0) == 100.0
-    for bad in ({"s": 0.0}, {"warmup": 2.0}, {"doublings": [150]}, {"warmup": "epochs"}, {"doublings": ["lr"]}):
+    for bad in ({"s": 0.0}, {"warmup": 2.0}, {"warmup": "epochs"}, {"warmup": [0.5]}):
         with pytest.raises(ValueError, match="must be"):
             Sharpness(**bad)  # type: ignore[arg-type]
+    for doublings in ([150], ["lr"], 0.5, None):
+        with pytest.raises(ValueError, match="doublings must be a list of shares"):
+            Sharpness(doublings=doublings)  # type: ignore[arg-type]
 
 
 def test_sharpness_follows_the_learning_rate() -> None:
