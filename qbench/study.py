@@ -72,13 +72,14 @@ def command(words: Sequence[str], compose: Compose) -> int:
     ask = _ask([w for w in words if "=" in w])
     chosen = cards.names() if named == ["all"] else named
     loaded = [cards.load(name) for name in chosen]
+    found = [(card, rows) for card in loaded if (rows := [r for r in card.runs if fnmatchcase(r.id, ask.only)])]
+    if not found:
+        of = "any card" if named == ["all"] else " or ".join(card.name for card in loaded)
+        ids = dict.fromkeys(r.id for card in loaded for r in card.runs)
+        raise UserError(f"only={ask.only} fits no row of {of}: {', '.join(ids)}")
     status = 0
-    for card in loaded:
-        rows = [r for r in card.runs if fnmatchcase(r.id, ask.only)]
-        if not rows and len(loaded) == 1:
-            raise UserError(f"only={ask.only} fits no row of {card.name}: {', '.join(r.id for r in card.runs)}")
-        if rows:
-            status = max(status, Study(card, ask, compose).do(rows))
+    for card, rows in found:
+        status = max(status, Study(card, ask, compose).do(rows))
         if status == 130:
             break
     if not ask.plan:

@@ -502,6 +502,7 @@ def test_the_command_tries_a_card_on_narrow_nets(cli: Callable[..., Any], tmp_pa
         (("pact_table1", "seeds=x"), "seeds must be"),
         (("pact_table1", "draw=yes"), "draw must be true or false"),
         (("pact_table1", "only=lsq*"), "fits no row of pact_table1: float, pact-2"),
+        (("all", "only=nonexistent"), "only=nonexistent fits no row of any card: "),
     ],
 )
 def test_wrong_words_are_answered(words: tuple[str, ...], said: str, cli: Callable[..., Any]) -> None:
