@@ -26,7 +26,7 @@ def clear_errors(what: str) -> Iterator[None]:
         if isinstance(cause, (ValueError, TypeError, UserError)):
             raise UserError(f"{what}: {cause}") from error
         raise
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise UserError(f"{what}: {error}") from error
 
 

@@ -96,6 +96,15 @@ def test_every_method_fits_every_net(model: str) -> None:
         assert y.isfinite().all(), name
 
 
+def test_a_wrong_argument_in_a_methods_file_is_named_with_its_class() -> None:
+    data = _data("tiny")
+    config = resolved("method=dorefa", "model=tiny")
+    rule = next(r for r in config["method"]["rules"] if "weight" in r)
+    rule["weight"]["bist"] = 4
+    with pytest.raises(UserError, match=r"method=dorefa on model=tiny: DoReFaWeight.__init__\(\) .* 'bist'"):
+        quantize(config, make_model(config, data), make_method(config))
+
+
 def test_the_user_beats_the_method_and_the_method_beats_the_budget() -> None:
     def lr(*words: str) -> float:
         return resolved("method=flexor", "budget=demo", *words)["train"]["lr"]
