@@ -37,7 +37,8 @@ class Slope(nn.Module):
 
     def __init__(self, kind: str, *, clip: float = 1.0, omega: float = 0.1) -> None:
         super().__init__()
-        self.kind = check_choice("gradient", kind, SLOPES)
+        # the options' names, as `gradient` is another option of some methods
+        self.kind = check_choice("act_gradient or weight_gradient", kind, SLOPES)
         if not clip > 0 or not omega > 0:
             raise ValueError(f"clip and omega must be above 0, got clip={clip!r}, omega={omega!r}")
         self.clip, self.omega = clip, omega

@@ -98,6 +98,7 @@ def execute(config: dict[str, Any], screen: Screen | None = None) -> dict[str, A
 def _execute(run: Run, screen: Screen) -> dict[str, Any]:
     found = run.result()
     if found is None:
+        _try(run)
         _make_folder(run.folder)
         with _sole_owner(run.folder, screen):
             found = run.result()
@@ -110,6 +111,17 @@ def _execute(run: Run, screen: Screen) -> dict[str, Any]:
             "move the folder away to compute it afresh"
         )
     return {**found, "reused": True, "folder": str(run.folder)}
+
+
+def _try(run: Run) -> None:
+    """Build all that has options once: a wrong one shows before there is a folder, and before the parent is trained."""
+    _distillation(run.config)
+    quantize(run.config, make_model(run.config, run.data), make_method(run.config))
+
+
+def _distillation(config: dict[str, Any]) -> list[Distill]:
+    with clear_errors("distill"):
+        return [Distill(**config["distill"])] if config["distill"]["weight"] else []
 
 
 def _make_folder(folder: Path) -> None:
@@ -191,10 +203,6 @@ def _train(run: Run, screen: Screen, opened: ExitStack) -> dict[str, Any]:
     threads = device.set_threads(config["threads"])
     opened.enter_context(kernels.using(_tier(run, place)))
     method, recipe = make_method(config), Recipe(**config["train"])
-    with clear_errors("distill"):
-        hooks = [Distill(**config["distill"])] if config["distill"]["weight"] else []
-    if config["init"] == "float":
-        quantize(config, make_model(config, data), method)  # a wrong option shows before the parent is trained
     model = make_model(config, data)
     accuracy_float = start_weights(run, model, screen)
     place_net(model, place, config["channels_last"])
@@ -226,7 +234,7 @@ def _train(run: Run, screen: Screen, opened: ExitStack) -> dict[str, Any]:
             device=place,
             generator=generator,
             screen=screen,
-            hooks=hooks,
+            hooks=_distillation(config),
             teacher=teacher,
             compile=config["compile"],
             graph=config["graph"],

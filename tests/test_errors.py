@@ -64,6 +64,8 @@ WORDS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("dataset.train_size=0",), ("dataset.train_size", "positive", "got 0")),
     (("model.width=0",), ("model=tiny", "width", "positive", "0")),
     (("options.alpha=-1",), ("method=pact", "alpha", "above 0", "-1")),
+    (("method=flexor", "options.s_doublings=0.5"), ("doublings", "a list of shares", "[0.75]", "got 0.5")),
+    (("method=bireal", "options.act_gradient=foo"), ("act_gradient", "polynomial", "got 'foo'")),
 ]
 
 
@@ -72,6 +74,7 @@ def test_wrong_words(tiny: Cli, words: tuple[str, ...], parts: tuple[str, ...]) 
     said = tiny(*words)
     assert said.status == 2
     refused(said, *parts)
+    assert not Path("outputs").exists()
 
 
 def refused(said: Any, *parts: str) -> None:
