@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from qbench import catalog
 from qbench.errors import UserError, unknown
-from qbench.overrides import check, resolve_overrides, resolve_row
+from qbench.overrides import check, parse, resolve_overrides, resolve_row
 from qbench.usage import HELP, USAGE
 
 if TYPE_CHECKING:
@@ -111,13 +111,13 @@ def _evaluate(args: list[str]) -> int:
     if not path.exists():
         raise UserError(f"no such run or checkpoint: {path}")
     if (folder / "config.yaml").is_file() and (path.is_dir() or path.name == "model.pt"):
-        root = [o.partition("=") for o in overrides]
-        strange = [key for key, _, _ in root if not key.startswith("dataset.")]
+        given = {o.key_or_group: o.value() for o in parse(overrides)}
+        strange = [key for key in given if not key.startswith("dataset.")]
         if strange:
             raise UserError(f"a run is evaluated as it was trained; only dataset.* may be set, got {strange[0]}")
         from qbench.finished import evaluate
 
-        result, loss, accuracy = evaluate(folder, {k.removeprefix("dataset."): v for k, _, v in root})
+        result, loss, accuracy = evaluate(folder, {k.removeprefix("dataset."): v for k, v in given.items()})
         print(
             f"{folder}: accuracy {accuracy:.2f} %, loss {loss:.4f} (recorded: {result.get('accuracy_last', 0):.2f} %)"
         )

@@ -11,7 +11,7 @@ from torch import nn
 from qbench import checkpoint, device, evaluation, kernels, surgery
 from qbench.build import make_method, make_model, place_net, quantize
 from qbench.data import load
-from qbench.errors import UserError
+from qbench.errors import UserError, unknown
 from qbench.layers import quantized_weights
 from qbench.optim import criterion
 from qbench.recipe import Recipe
@@ -41,7 +41,10 @@ def _net(folder: Path, config: dict[str, Any], data: Any) -> nn.Module:
 def evaluate(folder: Path, dataset: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], float, float]:
     """Evaluate a finished run again: (its result, loss, accuracy in percent); `dataset` replaces keys of its data."""
     config = read_config(folder)
-    config["dataset"].update(dataset or {})
+    for key, value in (dataset or {}).items():
+        if key not in config["dataset"]:
+            raise unknown(f"option of dataset={config['dataset']['name']}", key, config["dataset"])
+        config["dataset"][key] = value
     run = Run(config, load(config["dataset"]), folder, "", {})
     model = _net(folder, config, run.data)
     place = device.pick(run.config["device"])

@@ -8,6 +8,7 @@ from qbench import catalog
 from qbench.errors import UserError, nearest, unknown
 
 if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
     from omegaconf import DictConfig
 
 # What other tools call our options.
@@ -56,13 +57,10 @@ def resolve_row(overrides: Sequence[str]) -> dict[str, Any]:
         return resolve_overrides(overrides)
 
 
-def check(overrides: Sequence[str], sweep: bool = False) -> None:
-    """Check the names in `overrides` and, of a sweep, its first cell; errors offer the nearest right name."""
+def parse(overrides: Sequence[str], sweep: bool = False) -> "list[Override]":
+    """The overrides as Hydra reads them; several values of one name are for a sweep alone."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    from qbench.resolve import NotApplicable, resolve
 
     for text in overrides:
         if "=" not in text and not text.startswith("~"):
@@ -71,10 +69,21 @@ def check(overrides: Sequence[str], sweep: bool = False) -> None:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
     except HydraException as error:
         raise UserError(f"cannot read the command line: {str(error).splitlines()[0]}") from error
-    plain, groups, first = [], [], []
     for p in parsed:
         if p.is_sweep_override() and not sweep:
             raise UserError(f"{p.input_line} has several values: add -m to run one after the other")
+    return parsed
+
+
+def check(overrides: Sequence[str], sweep: bool = False) -> None:
+    """Check the names in `overrides` and, of a sweep, its first cell; errors offer the nearest right name."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from qbench.resolve import NotApplicable, resolve
+
+    plain, groups, first = [], [], []
+    for p in parse(overrides, sweep):
         values = list(p.sweep_string_iterator()) if p.is_sweep_override() else [p.get_value_element_as_str()]
         if p.key_or_group in catalog.GROUPS and not p.is_delete() and p.package is None:
             for value in values:

@@ -157,6 +157,14 @@ def test_eval_gives_the_recorded_accuracy(tiny: Cli, cli: Cli, tmp_path: Path, m
         assert f"accuracy {result['accuracy_last']:.2f} %" in said.out
 
 
+def test_eval_reads_options_as_a_run_does(tiny: Cli, cli: Cli, tmp_path: Path) -> None:
+    tiny("method=float", "out=o")
+    folder = folder_of(tmp_path / "o", "float")
+    said = cli("eval", folder, "dataset.test_size=32")
+    assert said.status == 0, said.err
+    assert f"accuracy {evaluate(folder, {'test_size': 32})[2]:.2f} %" in said.out
+
+
 def test_eval_of_a_plain_checkpoint(tiny: Cli, cli: Cli, tmp_path: Path) -> None:
     tiny("method=float", "out=o")
     state = checkpoint.load(folder_of(tmp_path / "o", "float") / "model.pt")
