@@ -213,9 +213,10 @@ def test_a_damaged_data_cache_is_named_and_rebuilt(tiny: Cli, tmp_path: Path, ow
 
 
 @pytest.mark.parametrize("out", ["file", "/proc/qbench"])
-def test_a_folder_that_cannot_be_written(tiny: Cli, tmp_path: Path, out: str) -> None:
+@pytest.mark.parametrize("flags", [(), ("-m",)])
+def test_a_folder_that_cannot_be_written(tiny: Cli, tmp_path: Path, flags: tuple[str, ...], out: str) -> None:
     (tmp_path / "file").write_text("in the way")
-    refused(tiny("method=float", f"out={out}"), "cannot write", out, "out=DIR")
+    refused(tiny(*flags, "method=float", f"out={out}"), "cannot write", out, "out=DIR")
 
 
 def test_a_full_disk(tiny: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
