@@ -200,12 +200,7 @@ def job(config: "DictConfig") -> int | float:
     names = [config[group].name for group in ("method", "model", "dataset", "budget")]
     note["cells"] = [names[0], str(bits), *names[1:]]
     try:
-        resolved = resolve(config)
-        from qbench.run import execute
-
-        note["result"] = execute(resolved)
-        if note["result"].get("reused"):
-            print(f"  skipped, done before: {note['result']['accuracy_last']} %")
+        note |= _cell(resolve(config))
     except NotApplicable as error:
         note |= {"status": "n/a", "error": str(error)}
     except Exception as error:
@@ -218,7 +213,7 @@ def job(config: "DictConfig") -> int | float:
             traceback.print_exc()
         text = str(error) if isinstance(error, UserError) else _unexpected(error)
         note |= {"status": "failed", "error": text}
-    if note["status"] != "done":
+    if "error" in note:
         print(f"  {note['status']}: {note['error']}", flush=True)
     from qbench.files import atomic_write
 
@@ -226,12 +221,23 @@ def job(config: "DictConfig") -> int | float:
     return float((note.get("result") or {}).get("accuracy_last") or float("nan"))
 
 
+def _cell(config: dict[str, Any]) -> dict[str, Any]:
+    """A run of a sweep, or its plan; returns what there is to note."""
+    if config["plan"]:
+        _plan(config)
+        return {"status": "planned"}
+    from qbench.run import execute
+
+    result = execute(config)
+    if result.get("reused"):
+        print(f"  skipped, done before: {result['accuracy_last']} %")
+    return {"result": result}
+
+
 def _one(config: dict[str, Any]) -> int:
     """A single run; returns the exit status."""
     if config["plan"]:
-        from qbench.finished import plan
-
-        _print_plan(plan(config))
+        _plan(config)
         return 0
     from qbench.interrupt import Interrupted
     from qbench.report import tell
@@ -247,11 +253,14 @@ def _one(config: dict[str, Any]) -> int:
     return 0
 
 
-def _print_plan(plan: dict[str, Any]) -> None:
+def _plan(config: dict[str, Any]) -> None:
+    """Print what a run would do."""
     import yaml
 
+    from qbench import finished
     from qbench.screen import clock
 
+    plan = finished.plan(config)
     print(yaml.safe_dump(json.loads(json.dumps(plan["config"])), sort_keys=False))
     for site in ("weights", "activations", "errors"):
         for name, entry in plan["manifest"][site].items():

@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -70,7 +71,8 @@ def table(folder: Path) -> int:
     for n in failed:
         print(f"failed: {' '.join(n['overrides'])}: {n['error']}", file=sys.stderr)
     skipped = sum(bool(n.get("result", {}).get("reused")) for n in notes)
-    missing = sum(n["status"] == "n/a" for n in notes)
-    print(f"\n{len(notes)} runs: {len(notes) - len(failed) - missing} done ({skipped} of them before), ", end="")
-    print(f"{len(failed)} failed, {missing} not applicable")
+    count = Counter(n["status"] for n in notes)
+    print(f"\n{len(notes)} runs: {count['done']} done ({skipped} of them before), ", end="")
+    planned = f", {count['planned']} planned" if count["planned"] else ""
+    print(f"{count['failed']} failed, {count['n/a']} not applicable{planned}")
     return 1 if failed else 0

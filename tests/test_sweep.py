@@ -63,6 +63,14 @@ def test_bits_that_no_wiring_of_flexor_gives_are_a_row_of_their_own(tiny: Cli) -
     assert "n/a: method=flexor: w_bits=0.33 needs n_in" in said.out
 
 
+def test_plans_of_a_sweep_leave_nothing(tiny: Cli, tmp_path: Path) -> None:
+    said = tiny("-m", "method=twn,ttq", "plan=true", "out=o")
+    assert said.status == 0, said.err
+    assert said.out.count("bits per quantized weight") == 2
+    assert [row.split()[-1] for row in last_table(said.out)] == ["planned", "planned"]
+    assert not (tmp_path / "o").exists()
+
+
 def test_joblib_runs_side_by_side_with_one_thread_each(process: Cli, tmp_path: Path) -> None:
     words = ("model=tiny", "dataset=synthetic", "budget=smoke", "tensorboard=false", "device=cpu", "out=o")
     one = process(
