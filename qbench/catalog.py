@@ -30,20 +30,28 @@ def aliases() -> dict[str, str]:
     return {name: target for name in names("method") if (target := remark("method", name, "alias"))}
 
 
+def options(method: str) -> list[str]:
+    """What a method, or the one that an alias points to, offers as options.NAME."""
+    return list(_read("method", aliases().get(method, method)).get("options", {}))
+
+
+def _read(group: str, name: str) -> dict[str, Any]:
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    return dict(yaml.load((conf_folder() / group / f"{name}.yaml").read_text(), loader))
+
+
 def methods() -> list[dict[str, Any]]:
     """The `method` node of every method that is not an alias, by family."""
     skip = aliases()
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     found = []
     for name in names("method"):
         if name not in skip:
-            path = conf_folder() / "method" / f"{name}.yaml"
-            method = yaml.load(path.read_text(), loader)["method"]
+            method = _read("method", name)["method"]
             missing = [k for k in ("name", "title", "family", "summary") if not method.get(k)]
             if missing:
-                raise UserError(f"{path.name}: method.{missing[0]} is missing")
+                raise UserError(f"{name}.yaml: method.{missing[0]} is missing")
             if method["family"] not in FAMILIES:
-                raise unknown(f"method.family in {path.name}", method["family"], FAMILIES)
+                raise unknown(f"method.family in {name}.yaml", method["family"], FAMILIES)
             found.append(method)
     return sorted(found, key=lambda m: (FAMILIES.index(m["family"]), m["name"]))
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from qbench import catalog
 from qbench.errors import UserError, unknown
-from qbench.overrides import check, parse, resolve_overrides, resolve_row
+from qbench.overrides import check, check_options, forced, parse, resolve_overrides, resolve_row
 from qbench.usage import HELP, USAGE
 
 if TYPE_CHECKING:
@@ -151,6 +151,7 @@ def _hydra(args: list[str]) -> int:
     own_conf = any(f in ("--config-dir", "-cd") for f in flags)
     if not own_conf:
         check(overrides, sweep)
+        overrides = forced(overrides) if sweep else overrides
     import hydra
 
     from qbench.sweep import table, workers
@@ -194,12 +195,13 @@ def job(config: "DictConfig") -> int | float:
     from hydra.core.hydra_config import HydraConfig
 
     at = HydraConfig.get()
-    note: dict[str, Any] = {"overrides": list(at.overrides.task), "status": "done"}
+    note: dict[str, Any] = {"overrides": [o.removeprefix("++") for o in at.overrides.task], "status": "done"}
     print(f"\n[{at.job.num + 1}] {' '.join(note['overrides'])}", flush=True)
     bits = config.bits or "/".join(str(config[k] or "-") for k in ("w_bits", "a_bits"))
     names = [config[group].name for group in ("method", "model", "dataset", "budget")]
     note["cells"] = [names[0], str(bits), *names[1:]]
     try:
+        check_options(at.runtime.choices["method"], at.overrides.task)
         note |= _cell(resolve(config))
     except NotApplicable as error:
         note |= {"status": "n/a", "error": str(error)}

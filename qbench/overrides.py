@@ -75,6 +75,23 @@ def parse(overrides: Sequence[str], sweep: bool = False) -> "list[Override]":
     return parsed
 
 
+def forced(overrides: Sequence[str]) -> list[str]:
+    """The overrides of a sweep, in which not every method need have every option: Hydra adds where it is not."""
+    return [f"++{o}" if o.startswith("options.") else o for o in overrides]
+
+
+def check_options(method: str, overrides: Sequence[str]) -> None:
+    """Check that `method` has the options that `forced` has added to a cell of a sweep; else it is not applicable."""
+    from qbench.resolve import NotApplicable
+
+    if method not in catalog.names("method"):
+        return  # the user's own (--config-dir): nothing was forced
+    for word in overrides:
+        option = re.match(r"\+\+options\.(\w+)", word)
+        if option and option[1] not in catalog.options(method):
+            raise NotApplicable(str(unknown(f"option of method={method}", option[1], catalog.options(method))))
+
+
 def check(overrides: Sequence[str], sweep: bool = False) -> None:
     """Check the names in `overrides` and, of a sweep, its first cell; errors offer the nearest right name."""
     from hydra.errors import HydraException
@@ -83,6 +100,7 @@ def check(overrides: Sequence[str], sweep: bool = False) -> None:
     from qbench.resolve import NotApplicable, resolve
 
     plain, groups, first = [], [], []
+    methods: list[str] = []
     for p in parse(overrides, sweep):
         values = list(p.sweep_string_iterator()) if p.is_sweep_override() else [p.get_value_element_as_str()]
         if p.key_or_group in catalog.GROUPS and not p.is_delete() and p.package is None:
@@ -90,12 +108,15 @@ def check(overrides: Sequence[str], sweep: bool = False) -> None:
                 if value not in catalog.names(p.key_or_group):
                     raise unknown(p.key_or_group, value, catalog.names(p.key_or_group))
             groups.append(f"{p.key_or_group}={values[0]}")
+            methods += values if p.key_or_group == "method" else ()
         elif not (p.is_add() or p.is_force_add() or p.is_delete() or p.key_or_group.startswith("hydra")):
             plain.append(p.key_or_group)
-        first.append(f"{p.input_line.partition('=')[0]}={values[0]}" if p.is_sweep_override() else p.input_line)  # type: ignore[union-attr]
-    _check_names(plain, groups)
+        line = str(p.input_line)
+        first.append(f"{line.partition('=')[0]}={values[0]}" if p.is_sweep_override() else line)
+    _check_names(plain, groups, methods)
+    words = [f for f in first if not f.startswith("hydra")]
     try:
-        config = compose([f for f in first if not f.startswith("hydra")])  # type: ignore[misc, union-attr]
+        config = compose(forced(words) if sweep else words)
         resolve(config)
     except NotApplicable:
         if not sweep:
@@ -105,8 +126,8 @@ def check(overrides: Sequence[str], sweep: bool = False) -> None:
         raise UserError(f"cannot put the configuration together: {reason}") from error
 
 
-def _check_names(keys: Sequence[str], groups: Sequence[str]) -> None:
-    """Every key must exist in the configuration of these groups."""
+def _check_names(keys: Sequence[str], groups: Sequence[str], methods: Sequence[str]) -> None:
+    """Every key must exist in the configuration of these groups, an option in one at least of `methods`."""
     from omegaconf import OmegaConf
 
     known: list[str] = []
@@ -118,16 +139,17 @@ def _check_names(keys: Sequence[str], groups: Sequence[str]) -> None:
                 walk(value, f"{prefix}{key}.")
 
     walk(OmegaConf.to_container(compose(groups)), "")
+    known += [f"options.{o}" for method in methods[1:] for o in catalog.options(method)]
     for key in keys:
         if key in known or key in catalog.GROUPS or re.sub(r"[.\[]\d+\]?", "", key) in known:
             continue
         last = SYNONYMS.get(key.rpartition(".")[2], key.rpartition(".")[2])
         inner = [k for k in known if k.rpartition(".")[2] == last]
         hint = inner[0] if inner else _nearest(key, known)
-        method = next((g for g in groups if g.startswith("method=")), "method=pact")
         inside = {k.rpartition(".")[0] for k in known}
-        own = ", ".join(k for k in known if re.fullmatch(r"options\.\w+", k) and k not in inside) or "none"
-        more = f" Options of {method}: {own}." if "options" in key or not hint else ""
+        options = [k for k in dict.fromkeys(known) if re.fullmatch(r"options\.\w+", k) and k not in inside]
+        own = ", ".join(options) or "none"
+        more = f" Options of method={','.join(methods) or 'pact'}: {own}." if "options" in key or not hint else ""
         raise UserError(
             f"unknown option '{key}'."
             + (f" Did you mean '{hint}'?" if hint else "")

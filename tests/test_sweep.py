@@ -63,6 +63,18 @@ def test_bits_that_no_wiring_of_flexor_gives_are_a_row_of_their_own(tiny: Cli) -
     assert "n/a: method=flexor: w_bits=0.33 needs n_in" in said.out
 
 
+def test_an_option_that_some_methods_lack_leaves_the_others_alone(tiny: Cli, tmp_path: Path) -> None:
+    words = ("-m", "method=irnet,bwn,binary", "plan=true", "out=o")
+    said = tiny(*words, "options.gradient=paper,exact")
+    assert said.status == 0, said.err
+    assert "6 runs: 0 done (0 of them before), 0 failed, 2 not applicable, 4 planned" in said.out
+    assert [row.split()[0] for row in last_table(said.out) if "n/a" in row] == ["irnet"]  # equal rows are one
+    assert said.out.count("n/a: unknown option of method=irnet 'gradient'. Did you mean 'act_gradient'?") == 2
+    said = tiny(*words, "options.gradeint=paper")  # none has it
+    assert (said.status, said.out) == (2, "")
+    assert "unknown option 'options.gradeint'. Did you mean 'options.gradient'?" in said.err
+
+
 def test_plans_of_a_sweep_leave_nothing(tiny: Cli, tmp_path: Path) -> None:
     said = tiny("-m", "method=twn,ttq", "plan=true", "out=o")
     assert said.status == 0, said.err
