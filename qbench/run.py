@@ -115,6 +115,8 @@ def _execute(run: Run, screen: Screen) -> dict[str, Any]:
 
 def _try(run: Run) -> None:
     """Build all that has options once: a wrong one shows before there is a folder, and before the parent is trained."""
+    device.pick(run.config["device"])
+    device.set_threads(run.config["threads"])
     _distillation(run.config)
     quantize(run.config, make_model(run.config, run.data), make_method(run.config))
 

@@ -72,7 +72,9 @@ def command(words: Sequence[str], compose: Compose) -> int:
     ask = _ask([w for w in words if "=" in w])
     chosen = cards.names() if named == ["all"] else named
     loaded = [cards.load(name) for name in chosen]
-    found = [(card, rows) for card in loaded if (rows := [r for r in card.runs if fnmatchcase(r.id, ask.only)])]
+    wanted = ask.only.split(",")
+    fitting = [(card, [r for r in card.runs if any(fnmatchcase(r.id, w) for w in wanted)]) for card in loaded]
+    found = [(card, rows) for card, rows in fitting if rows]
     if not found:
         of = "any card" if named == ["all"] else " or ".join(card.name for card in loaded)
         ids = dict.fromkeys(r.id for card in loaded for r in card.runs)

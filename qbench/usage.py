@@ -54,7 +54,7 @@ qbench paper all [option=value ...]             the same for every card
 
   budget=short            how long each run trains: smoke (a trial of two rows), demo, short, paper
   seeds=3  seeds=0,4      how many (0, 1, 2), or which; one by default
-  only=PATTERN            rows of a card, e.g. only='resnet20*'
+  only=PATTERN,...        rows of a card, e.g. only='resnet20*'
   plan=true               say what would be run, and run nothing
   draw=true               collect what is finished and draw it, run nothing
   out=DIR                 where runs go and are looked for (outputs)

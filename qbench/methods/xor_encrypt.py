@@ -129,8 +129,9 @@ class PrunedCode(Quantizer):
         """Prune by magnitude, then fit alpha and the codes by turns, starting plane by plane on what is left over."""
         w = x.detach().float()
         keep = max(1, round((1 - self.sparsity) * w.numel()))
-        self.mask, self.alpha.data = torch.zeros_like(w, dtype=torch.bool), self.alpha.data.to(w.device)
-        self.mask.view(-1)[w.abs().flatten().topk(keep).indices] = True
+        mask = torch.zeros(w.numel(), dtype=torch.bool, device=w.device)
+        mask[w.abs().flatten().topk(keep).indices] = True
+        self.mask, self.alpha.data = mask.view(w.shape), self.alpha.data.to(w.device)
         count = self.mask.flatten(1).sum(1).clamp(min=1).view_as(self.alpha[0])
         rest = w * self.mask
         for alpha in self.alpha:
