@@ -19,6 +19,7 @@ from qbench.build import make_method, make_model, quantize
 from qbench.data import load
 from qbench.layers import QuantLayer, quant_layers, quantized_weights
 from qbench.method import Method
+from qbench.models.resnet import ResNetCIFAR
 from qbench.overrides import compose
 from qbench.quantizer import Quantizer
 from qbench.recipe import Recipe
@@ -155,7 +156,8 @@ def test_every_rule_and_parameter_group_matches(case: Case) -> None:
     groups = optim.parameter_groups(case.model, case.loop.own_hooks(), case.method, case.loop.recipe)
     names = [n for n, _ in case.model.named_parameters()]
     names += [f"hook.{n}" for h in case.loop.own_hooks() for n, _ in h.named_parameters()]
-    for group in case.method.param_groups:  # `optional` is for other widths; here all must be found
+    names += [n for n, _ in ResNetCIFAR(depth=8, channels=3, classes=10, size=8, shortcut="B").named_parameters()]
+    for group in case.method.param_groups:  # `optional` is for other widths and nets; all must be found here, or there
         assert any(fnmatchcase(n, group["match"]) for n in names), group["match"]
     grouped = [id(p) for group in groups for p in group["params"]]
     assert len(grouped) == len(set(grouped))
