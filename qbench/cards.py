@@ -27,8 +27,9 @@ class Row:
     """One line of a table: what is run, and what was published.
 
     words: overrides of the run; None where the number stands for comparison only. paper: more of them with
-    budget=paper. published: in the card's metric; None where no number was published. differs: what sets our run apart
-    from the paper's even with budget=paper. x, group: where the row stands in the figure.
+    budget=paper. published: in the card's metric; None where no number was published. published_float: of its source's
+    own float net, where the baseline's is of another source. differs: what sets our run apart from the paper's even
+    with budget=paper. x, group: where the row stands in the figure.
     """
 
     id: str
@@ -36,6 +37,7 @@ class Row:
     words: tuple[str, ...] | None
     paper: tuple[str, ...] = ()
     published: float | None = None
+    published_float: float | None = None
     source: str = ""
     level: str = "primary"
     baseline: str | None = None
@@ -201,10 +203,9 @@ def _row(card: Mapping[str, Any], row: Mapping[str, Any]) -> Row:
             label=str(row.get("label", name)),
             words=_merged(card.get("run"), row["run"]) if runs else None,
             paper=_merged(card.get("paper_run"), row.get("paper")) if runs else (),
-            published=None if row.get("published") is None else float(row["published"]),
+            **{k: float(row[k]) for k in ("published", "published_float", "x") if row.get(k) is not None},
             source=str(row.get("source", card.get("source", ""))),
             level=str(row.get("level", card.get("level", "primary"))),
-            x=None if row.get("x") is None else float(row["x"]),
             **{k: str(row[k]) for k in ("baseline", "differs", "group", "note") if k in row},
         )
     except ValueError as error:
@@ -236,6 +237,8 @@ def _check(card: Card, published: Any) -> None:
             raise unknown(f"level of row '{row.id}'", row.level, LEVELS)
         if row.baseline is not None and row.baseline not in ids:
             raise unknown(f"baseline of row '{row.id}'", row.baseline, ids)
+        if row.published_float is not None and row.baseline is None:
+            raise UserError(f"row '{row.id}' has a published_float and no baseline")
         if row.words is None and row.published is None:
             raise UserError(f"row '{row.id}' has neither a run nor a published number")
         if card.figure.kind == "points" and row.x is None and row.baseline is not None:

@@ -7,17 +7,17 @@ import csv
 import io
 import itertools
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import stdev
 from typing import Any
 
 from qbench import cards
 from qbench.cards import Card, Claim, Row
 from qbench.errors import UserError
 from qbench.files import atomic_write
-from qbench.study_results import Kept, read
+from qbench.study_results import Kept, average, read
 
 TRIAL = "trial on narrow nets and synthetic data"
 # The status of a cell, and what it means.
@@ -62,13 +62,8 @@ def reported(card: Card, entry: Mapping[str, Any]) -> float | None:
     return entry.get("accuracy_last") if found is None else found
 
 
-def _average(values: Iterable[float | None]) -> float | None:
-    numbers = [v for v in values if v is not None]
-    return mean(numbers) if numbers else None
-
-
 def _mean(entries: Sequence[Mapping[str, Any]], name: str) -> float | None:
-    return _average(e.get(name) for e in entries)
+    return average(e.get(name) for e in entries)
 
 
 def cells(card: Card, kept: Kept, budget: str) -> list[Cell]:
@@ -79,15 +74,15 @@ def cells(card: Card, kept: Kept, budget: str) -> list[Cell]:
 def _cell(card: Card, kept: Kept, row: Row, budget: str) -> Cell:
     entries, base = kept.of(row, budget), card.row(row.baseline) if row.baseline else None
     values = [v for e in entries if (v := reported(card, e)) is not None]
-    ours = _average(values)
+    ours = average(values)
     published = accuracy(card, row.published)
     # where net or data are others than the paper's, only what is lost is comparable
     other = card.figure.kind == "drops" or budget == "smoke"
     gap = None if None in (ours, published) or other else ours - published  # type: ignore[operator]
     floats = _mean(entries, "float_accuracy") if base else None  # of its own parent, else of the float net of the card
     if floats is None and base:
-        floats = _average(reported(card, e) for e in kept.of(base, budget))
-    above = accuracy(card, base.published) if base else None
+        floats = average(reported(card, e) for e in kept.of(base, budget))
+    above = accuracy(card, base.published if row.published_float is None else row.published_float) if base else None
     return Cell(
         row,
         entries,
@@ -161,6 +156,9 @@ def grid(card: Card, found: Sequence[Cell]) -> list[list[str]]:
     """The table as text, heading first."""
     unit = "error %" if card.metric == "error" else "%"
     what = {"best": "best test epoch", "val": "best validation epoch"}.get(card.report, "last epoch")
+    split = {e.get("accuracy_at_best_val") is not None for c in found for e in c.entries}
+    if card.report == "val" and False in split:  # `reported` falls back on the last
+        what = "best validation epoch or last" if True in split else "last epoch"
     others = {"last epoch": "last", "best test epoch": "best"}
     others.pop(what, None)
     head = ["", f"published ({unit})", f"ours, {what} ({unit})", *others, "gap", "published - float", "ours - float"]
@@ -237,8 +235,8 @@ def page(card: Card, kept: Kept, notes: str = "") -> str:
     lines += [f"- {r.label}: {text}." for r in card.rows for text in (r.differs, r.note) if text]
     lines += [f"- Tolerance of a match: {card.tolerance:g} points.", "", "## Cost", ""]
     lines += [f"- two cores: {card.cost['cpu']}", f"- GPU: {card.cost['gpu']}", "", "## Sources", ""]
-    cited = {r.source: r.level for r in card.rows if r.published is not None}
-    lines += [f"- {source} ({level})" for source, level in cited.items()] or ["- no number was published"]
+    cited = dict.fromkeys((r.source, r.level) for r in card.rows if r.published is not None)
+    lines += [f"- {source} ({level})" for source, level in cited] or ["- no number was published"]
     return "\n".join(lines) + "\n"
 
 

@@ -35,7 +35,7 @@ def draw(card: Card, budgets: Mapping[str, Sequence[Cell]], folder: Path) -> Pat
         axes = list(parts[0].subplots(1, len(shown), sharey=True, squeeze=False)[0])
         for panel, (budget, cells) in zip(axes, shown.items(), strict=True):
             kind(panel, card, cells)
-            panel.set_title(_heading(budget, _ran(card, cells)))
+            panel.set_title(_heading(budget, [c for c in cells if c.entries] if _ran(card, cells) else []))
         handles: dict[str, Any] = {}
         for panel in axes:
             handles |= {str(t): h for h, t in zip(*panel.get_legend_handles_labels(), strict=True) if t not in handles}
@@ -86,7 +86,7 @@ def _points(axes: "Axes", card: Card, cells: Sequence[Cell]) -> None:
         if ran:
             style = {"color": colour, "marker": marker, "markersize": 5, "capsize": 2}
             x, y, error = ([p[k] for p in ran] for k in range(3))
-            axes.errorbar(x, y, error, label=f"{group}, ours".lstrip(", "), **style)
+            axes.errorbar(x, y, error if any(error) else None, label=f"{group}, ours".lstrip(", "), **style)
     for i, cell in enumerate(c for c in cells if c.row.x is None and c.row.group):
         values = (accuracy(card, cell.row.published), "--", "published"), (cell.ours, "-", "ours")
         for value, dash, word in values:
@@ -132,20 +132,22 @@ def _curves(axes: "Axes", card: Card, cells: Sequence[Cell]) -> None:
     top, ends = 0.0, []
     for i, cell in enumerate(cells):
         colour, dash = COLOURS[i % len(COLOURS)], DASHES[i % len(DASHES)]
-        curve: list[list[float]] = next((e["curve"] for e in cell.entries if e.get("curve")), [])
-        if curve:
-            marker = "o" if len(curve) == 1 else None  # one evaluation alone makes no line
-            style = {"color": colour, "linestyle": dash, "marker": marker}
-            axes.plot([p[0] for p in curve], [p[1] for p in curve], label=cell.row.label, **style)  # type: ignore[arg-type]
-            top = max(top, curve[-1][0])
-            ends.append(curve)
+        course = next((e["course"] for e in cell.entries if e.get("course")), None)
+        if course:
+            epochs, scores = course["epoch"], course["test_accuracy"]
+            marker = "o" if len(epochs) == 1 else None  # one evaluation alone makes no line
+            axes.plot(epochs, scores, color=colour, linestyle=dash, marker=marker, label=cell.row.label)  # type: ignore[arg-type]
+            top = max(top, epochs[-1])
+            ends.append((epochs, scores))
         if cell.row.published is not None:
             axes.plot(top or 1, accuracy(card, cell.row.published) or 0.0, color=colour, marker="o", **HOLLOW)
+    label_epochs([axes])
     if ends:  # the first epochs, far below, would flatten the rest
-        late = [y for curve in ends for x, y in curve if x >= 0.25 * top]
+        late = [y for curve in ends for x, y in zip(*curve, strict=True) if x >= 0.25 * top]
         span = max(late) - min(late) or 1.0
         axes.set_ylim(min(late) - 0.08 * span, max(late) + 0.08 * span)
-    label_epochs([axes])
+        if min(min(scores) for _, scores in ends) < axes.get_ylim()[0]:
+            axes.set_xlabel("epoch (of the first, some lie below)")
     axes.set_ylabel(_unit(card))
 
 

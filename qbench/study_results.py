@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from qbench.cards import Card, Row
@@ -98,19 +99,43 @@ def read(folder: Path) -> Kept:
         raise UserError(f"{path} is corrupt ({error}); restore it or move it away") from error
 
 
-def pictured(card: Card, run: Path) -> dict[str, Any]:
-    """What of a run's metrics.jsonl the card's figure needs: the accuracy by epoch, the last histogram of its layer."""
-    path, found = run / "metrics.jsonl", {}
-    if not path.is_file() or not (card.figure.kind == "curves" or card.figure.histogram):
-        return {}
-    records = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-    if card.figure.kind == "curves":
-        tests = [r for r in records if r.get("phase") == "test" and r.get("accuracy") is not None]
-        found["curve"] = [[r["epoch"], round(r["accuracy"], 2)] for r in tests]
-    layers = [r["histograms"] for r in records if card.figure.histogram in r.get("histograms", {})]
-    if layers:
-        found["histogram"] = layers[-1][card.figure.histogram]["latent"]
-    return found
+def progress(card: Card, run: Path) -> dict[str, Any]:
+    """What is kept of a run's metrics.jsonl: `course`, and the last histogram of the layer that the figure shows.
+
+    The course has a value per evaluation of each of epoch, test_accuracy, test_loss, what the training logged since
+    the evaluation before (mean train_accuracy and train_loss, last lr), and the telemetry's means over the layers.
+    """
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    points: dict[int, dict[str, float | None]] = {}
+    logs: list[dict[str, Any]] = []
+    found: dict[str, Any] = {}
+    for r in (json.loads(line) for line in lines if line.endswith("}")):
+        if r.get("phase") == "train":
+            logs.append(r)
+        elif r.get("phase") == "test":
+            told = {"epoch": r["epoch"], "test_accuracy": r["accuracy"], "test_loss": r["loss"]}
+            told |= {f"train_{k}": average(log[k] for log in logs) for k in ("accuracy", "loss")}
+            points[r["step"]] = told | {"lr": logs[-1]["lr"] if logs else None}
+            logs = []
+        elif "telemetry" in r and r["step"] in points:
+            layers = r["telemetry"].values()
+            points[r["step"]] |= {k: average(m.get(k) for m in layers) for m in layers for k in m}
+        elif card.figure.histogram in r.get("histograms", {}):
+            found["histogram"] = r["histograms"][card.figure.histogram]["latent"]
+    names = dict.fromkeys(k for p in points.values() for k in p)
+    course = {k: [_short(p.get(k)) for p in points.values()] for k in names}
+    return found | ({"course": course} if course else {})
+
+
+def average(values: Iterable[float | None]) -> float | None:
+    """The mean of the numbers among `values`; None where there are none."""
+    numbers = [v for v in values if v is not None]
+    return mean(numbers) if numbers else None
+
+
+def _short(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.4g}")
 
 
 def split_of(dataset: Mapping[str, Any]) -> dict[str, Any]:
@@ -145,7 +170,7 @@ def entry(card: Card, row: Row, budget: str, result: Mapping[str, Any]) -> dict[
     found = {"row": row.id, "seed": result["seed"], "budget": budget, "key": result["key"], "earlier": False}
     found |= {k: result[k] for k in KEPT if k in result}
     found |= {"data": result["identity"]["data"], "split": split_in(Path(result["folder"]))}
-    return found | pictured(card, Path(result["folder"]))
+    return found | progress(card, Path(result["folder"]))
 
 
 def split_in(folder: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from qbench.cards import Card, Claim, Row
 from qbench.errors import UserError
 from qbench.overrides import resolve_row
 from qbench.source import code_hash
-from qbench.study_results import RESULTS, Kept, key_of, read, split_of
+from qbench.study_results import RESULTS, Kept, key_of, progress, read, split_of
 
 ROOT = Path(__file__).resolve().parent.parent
 CARDS = cards.names()
@@ -378,7 +378,8 @@ def test_a_trial_is_compared_with_nothing(tmp_path: Path) -> None:
 
 def test_one_evaluation_alone_is_a_mark_above_its_epoch(tmp_path: Path) -> None:
     card = toy(tmp_path, figure={"kind": "curves"})
-    kept = Kept([entry("float", 12.0, curve=[[0.75, 12.0]]), entry("pact", 11.0, curve=[[1.0, 9.0], [2.0, 11.0]])])
+    early, late = ({"epoch": e, "test_accuracy": a} for e, a in (([0.75], [12.0]), ([1.0, 2.0], [9.0, 11.0])))
+    kept = Kept([entry("float", 12.0, course=early), entry("pact", 11.0, course=late)])
     one, two = study_pages.cells(card, kept, "paper")[:2]
     axes = Figure().subplots()
     study_plots._curves(axes, card, [replace(one, row=replace(one.row, published=None))])
@@ -410,10 +411,47 @@ def test_errors_seeds_and_epochs(tmp_path: Path) -> None:
     assert "8.50 ± 0.50 (3 seeds)" in page
     assert "ours, best test epoch (error %)" in page
     card = toy(tmp_path, metric="error", report="val", rows=rows)
-    (cell,) = study_pages.cells(card, Kept([entry("a", 90.0, accuracy_at_best_val=91.4)]), "paper")
-    assert cell.gap == pytest.approx(-0.1)
-    (cell,) = study_pages.cells(card, Kept([entry("a", 90.0)]), "paper")
-    assert cell.gap == pytest.approx(-1.5)
+    split, whole = entry("a", 90.0, accuracy_at_best_val=91.4), entry("a", 90.0, seed=1)
+    for runs, gap, epoch in (
+        ([split], -0.1, "best validation epoch"),
+        ([whole], -1.5, "last epoch"),
+        ([split, whole], -0.8, "best validation epoch or last"),
+    ):
+        found = study_pages.cells(card, Kept(runs), "paper")
+        assert found[0].gap == pytest.approx(gap)
+        assert study_pages.grid(card, found)[0][2] == f"ours, {epoch} (error %)"
+
+
+def test_a_row_of_another_source_is_set_against_that_sources_float_net(tmp_path: Path) -> None:
+    rows = [
+        {"id": "float", "run": "method=float", "published": 92.0},
+        {"id": "a", "run": "method=pact", "published": 90.0, "baseline": "float"},
+        {"id": "b", "published": 90.0, "baseline": "float", "published_float": 91.0, "source": "B", "level": "memory"},
+    ]
+    card = toy(tmp_path, rows=rows)
+    assert [c.drop for c in study_pages.cells(card, Kept(), "paper")] == [None, 2.0, 1.0]
+    assert study_pages.page(card, Kept()).endswith("## Sources\n\n- Table 1 (primary)\n- B (memory)\n")
+
+
+def test_the_course_of_a_run_is_kept_by_evaluation(tmp_path: Path) -> None:
+    """The training since the evaluation before, on average; telemetry as the mean over the layers that have it."""
+    records = [
+        {"step": 0, "epoch": 0.0, "telemetry": {"a": {"entropy": 1.0}}},
+        {"step": 1, "epoch": 0.5, "phase": "train", "loss": 3.0, "accuracy": 10.0, "lr": 0.1},
+        {"step": 2, "epoch": 1.0, "phase": "train", "loss": 2.0, "accuracy": 20.0, "lr": 0.05},
+        {"step": 2, "epoch": 1.0, "phase": "test", "loss": 1.23456, "accuracy": 33.3333},
+        {"step": 2, "epoch": 1.0, "telemetry": {"a": {"flips": 0.2, "entropy": 1.0}, "b": {"entropy": 0.5}}},
+        {"step": 4, "epoch": 2.0, "phase": "test", "loss": 1.0, "accuracy": 40.0},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records) + '{"step": 5, "ep')
+    assert progress(toy(tmp_path), tmp_path) == {
+        "course": {
+            "epoch": [1.0, 2.0], "test_accuracy": [33.33, 40.0], "test_loss": [1.235, 1.0],
+            "train_accuracy": [15.0, None], "train_loss": [2.5, None], "lr": [0.05, None],
+            "flips": [0.2, None], "entropy": [0.75, None],
+        }
+    }  # fmt: skip
+    assert progress(toy(tmp_path), tmp_path / "none") == {}
 
 
 @pytest.mark.parametrize(
@@ -446,7 +484,8 @@ def test_every_card_can_be_drawn(name: str, tmp_path: Path) -> None:
     """With two budgets, three seeds, curves and histograms, as far as the card asks for them; and empty."""
     card = cards.load(name)
     study_pages.write(card, tmp_path / "empty")
-    more = {"curve": [[1.0, 50.0], [2.0, 60.5]], "histogram": {"counts": [1, 4, 2], "lo": -1.0, "hi": 1.0}}
+    course = {"epoch": [1.0, 2.0], "test_accuracy": [50.0, 60.5]}
+    more = {"course": course, "histogram": {"counts": [1, 4, 2], "lo": -1.0, "hi": 1.0}}
     kept = Kept([entry(r.id, 60.0 + i + s, "short", s, **more) for i, r in enumerate(card.runs) for s in (0, 1)])
     kept.add(entry(card.runs[0].id, 61.0, "paper"))
     (tmp_path / RESULTS).write_text(kept.text())

@@ -9,10 +9,10 @@ Entry = Mapping[str, Any]
 HEAD = """\
 # Benchmarks
 
-Made from `benchmarks.json` by `make bench-page`; measured with `make bench`. Everything is a ratio of medians taken
-in turn in one process, so that a slow minute of the machine hits both sides. The stock step is that of a plain PyTorch
-loop over the same net, with its shortcuts written as slices, as the usual code has them. `make bench-check` holds a
-later version to these ratios.
+Made from `benchmarks.json` by `make bench-page`; measured with `make bench`. A ratio of times is the median over rounds
+in which both sides had their turn in one process, so that a slow minute of the machine hits both; one of accuracies is
+that of their means. The stock step is that of a plain PyTorch loop over the same net, with its shortcuts written as
+slices, as the usual code has them. `make bench-check` holds a later version to these ratios.
 """
 SECTIONS = {
     "float": "Float nets: what precision and memory format do",

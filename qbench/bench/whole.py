@@ -224,7 +224,7 @@ def bf16(s: Setting) -> Iterator[Entry]:
         found = _results(words, f"{folder}/o")[1]
     of = {p: [r for r in found if r["precision"] == p] for p in ("fp32", "bf16")}
     for p, runs in of.items():
-        yield _accuracy("accuracy/digits", p, runs, of["fp32"], "the mean accuracy in fp32")
+        yield _accuracy("accuracy/digits", p, runs, of["fp32"], "the mean accuracy in fp32", "resnet20")
 
 
 def kernels(s: Setting) -> Iterator[Entry]:
@@ -240,14 +240,18 @@ def kernels(s: Setting) -> Iterator[Entry]:
         compiled = [r for r in own if r["kernels"] != "torch"]
         if compiled:  # else there are no kernels here
             mode = f"{method} {own[0]['w_bits']:g}/{own[0]['a_bits']:g}"
-            yield _accuracy("accuracy/kernels", mode, compiled, reference, "the mean accuracy with kernels=torch")
+            yield _accuracy(
+                "accuracy/kernels", mode, compiled, reference, "the mean accuracy with kernels=torch", "resnet8"
+            )
 
 
-def _accuracy(name: str, mode: str, own: list[dict[str, Any]], base: list[dict[str, Any]], of: str) -> Entry:
+def _accuracy(
+    name: str, mode: str, own: list[dict[str, Any]], base: list[dict[str, Any]], of: str, model: str
+) -> Entry:
     """The runs `own` against the runs `base`: means, and standard deviations over the seeds."""
     found, expected = ([float(r["accuracy_last"]) for r in runs] for runs in (own, base))
     values = {"mean": mean(found), "std": stdev(found), "accuracies": found}
     values |= {"base_mean": mean(expected), "base_std": stdev(expected), "base_accuracies": expected}
     seconds, base_seconds = (median(r["seconds"] for r in runs) for runs in (own, base))
     share = mean(found) / mean(expected)
-    return Entry(name, mode, share, of, seconds, base_seconds, model="resnet20", rounds=len(found), values=values)
+    return Entry(name, mode, share, of, seconds, base_seconds, model=model, rounds=len(found), values=values)
