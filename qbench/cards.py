@@ -203,13 +203,19 @@ def _row(card: Mapping[str, Any], row: Mapping[str, Any]) -> Row:
             label=str(row.get("label", name)),
             words=_merged(card.get("run"), row["run"]) if runs else None,
             paper=_merged(card.get("paper_run"), row.get("paper")) if runs else (),
-            **{k: float(row[k]) for k in ("published", "published_float", "x") if row.get(k) is not None},
+            published=_float(row, "published"),
+            published_float=_float(row, "published_float"),
+            x=_float(row, "x"),
             source=str(row.get("source", card.get("source", ""))),
             level=str(row.get("level", card.get("level", "primary"))),
             **{k: str(row[k]) for k in ("baseline", "differs", "group", "note") if k in row},
         )
     except ValueError as error:
         raise UserError(f"row '{name}': {error}") from error
+
+
+def _float(row: Mapping[str, Any], name: str) -> float | None:
+    return None if row.get(name) is None else float(row[name])
 
 
 def _merged(common: str | None, own: str | None) -> tuple[str, ...]:

@@ -102,7 +102,7 @@ def check(overrides: Sequence[str], sweep: bool = False) -> None:
     plain, groups, first = [], [], []
     methods: list[str] = []
     for p in parse(overrides, sweep):
-        values = list(p.sweep_string_iterator()) if p.is_sweep_override() else [p.get_value_element_as_str()]
+        values = _values(p)
         if p.key_or_group in catalog.GROUPS and not p.is_delete() and p.package is None:
             for value in values:
                 if value not in catalog.names(p.key_or_group):
@@ -124,6 +124,21 @@ def check(overrides: Sequence[str], sweep: bool = False) -> None:
     except (HydraException, OmegaConfBaseException) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"cannot put the configuration together: {reason}") from error
+
+
+def _values(p: "Override") -> list[str]:
+    """What `p` says, one by one; of an interval, in which an optimizer searches, the lower end."""
+    from hydra.core.override_parser.types import Glob, IntervalSweep
+
+    value = p.value()
+    if isinstance(value, IntervalSweep):
+        return [str(value.start)]
+    if isinstance(value, Glob):
+        fitting = value.filter(catalog.names(p.key_or_group))
+        if not fitting:
+            raise UserError(f"{p.input_line} fits nothing")
+        return fitting
+    return list(p.sweep_string_iterator()) if p.is_sweep_override() else [p.get_value_element_as_str()]
 
 
 def _check_names(keys: Sequence[str], groups: Sequence[str], methods: Sequence[str]) -> None:

@@ -115,7 +115,7 @@ def rows(results: Iterable[Mapping[str, Any]]) -> list[list[str]]:
     """
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for result in results:
-        rest = {k: v for k, v in result.get("identity", {}).items() if k not in ("seed", "init")}
+        rest = {k: v for k, v in result.get("identity", {}).items() if k not in ("seed", "init", "teacher")}
         groups.setdefault(json.dumps([[result.get(k) for k in AXES], rest], sort_keys=True), []).append(result)
     table = []
     for group in groups.values():

@@ -14,6 +14,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from qbench import cards, catalog, study_pages
 from qbench.cards import Card, Row
 from qbench.errors import UserError, unknown
@@ -152,8 +154,8 @@ class Study:
         self.card, self.ask, self.compose = card, ask, compose
         self.folder = ask.results / card.name
         self.kept = read(self.folder)
-        # what is committed counts beside what was run here
-        self.runs = {r["key"]: r for r in finished({Path(ask.out), ask.results}) if "key" in r}
+        # what is committed counts, but for what was run here again
+        self.runs = {r["key"]: r for r in finished((ask.results, Path(ask.out))) if "key" in r}
 
     def do(self, rows: Sequence[Row]) -> int:
         """Collect, run what is missing (not with draw or plan), draw; returns the exit status."""
@@ -179,8 +181,9 @@ class Study:
             raise UserError(f"{self.card.name}, row '{row.id}': {error}") from error
 
     def collect(self, rows: Sequence[Row]) -> None:
-        """Take over what lies finished in `out`, for all seeds and budgets found there; mark what no longer fits."""
-        budgets = {self.ask.budget} | {r["budget"] for r in self.runs.values() if r["budget"] != "smoke"}
+        """Take over what lies finished in `out`, for all seeds and budgets known; mark what no longer fits."""
+        known = {r["budget"] for r in (*self.runs.values(), *self.kept.entries)}
+        budgets = {self.ask.budget} | known & {*catalog.names("budget")} - {"smoke"}
         for row in rows:
             for budget in sorted(budgets if not self.ask.trial else {"smoke"}):
                 base = self.config(row, budget)
@@ -261,8 +264,10 @@ class Study:
 
     def save(self) -> None:
         """Write results.json; what another study wrote there meanwhile stays."""
-        self.kept.merge(read(self.folder))
-        atomic_write(self.folder / RESULTS, self.kept.text())
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.folder / ".lock"):
+            self.kept.merge(read(self.folder))
+            atomic_write(self.folder / RESULTS, self.kept.text())
 
 
 def _two(rows: Sequence[Row]) -> list[Row]:

@@ -16,6 +16,8 @@ from qbench.errors import UserError
 from qbench.report import read_config, read_result
 
 RESULTS = "results.json"
+# What of a data set decides its images, beside the name and its augmentation; the last four: of the synthetic one.
+DRAWN = ("val", "val_seed", "train_examples", "test_examples", "train_size", "test_size", "seed", "noise")
 BUDGETS = ("paper", "short", "demo", "smoke")
 # What of a run's result.json is kept: no folder, no host.
 KEPT = (
@@ -49,22 +51,22 @@ class Kept:
     failed: dict[str, str] = field(default_factory=dict)
 
     def add(self, entry: dict[str, Any]) -> None:
-        """Append an entry; it takes the place of one of the same row, seed, budget and key."""
-        same = ("row", "seed", "budget", "key")
-        self.entries = [e for e in self.entries if any(e[k] != entry[k] for k in same)] + [entry]
+        """Append an entry; it takes the place of one of the same row, seed, budget and key, and of a failure."""
+        self.entries = [e for e in self.entries if _run(e) != _run(entry)] + [entry]
+        self.note(entry["row"], entry["seed"], entry["budget"], None)
 
     def merge(self, other: "Kept") -> None:
-        """Take over the entries of `other` that are not here: another study may have written since."""
-        same = ("row", "seed", "budget", "key")
-        here = {tuple(e[k] for k in same) for e in self.entries}
-        self.entries = [e for e in other.entries if tuple(e[k] for k in same) not in here] + self.entries
+        """Take over what `other` has and this has not: another study may have written since."""
+        here = {_run(e) for e in self.entries}
+        self.entries = [e for e in other.entries if _run(e) not in here] + self.entries
+        done = {_attempt(e["row"], e["seed"], e["budget"]) for e in self.entries if not e["earlier"]}
+        self.failed = {k: v for k, v in {**other.failed, **self.failed}.items() if k not in done}
 
     def note(self, row: str, seed: int, budget: str, error: str | None) -> None:
         """Note how the last attempt of a run ended."""
-        name = f"{row}, seed {seed}, budget {budget}"
-        self.failed.pop(name, None)
+        self.failed.pop(_attempt(row, seed, budget), None)
         if error is not None:
-            self.failed[name] = error
+            self.failed[_attempt(row, seed, budget)] = error
 
     def text(self) -> str:
         """The JSON, one line per run, in an order that does not depend on the order of the runs."""
@@ -85,6 +87,14 @@ class Kept:
         """The budgets in which anything was tried, the paper's first."""
         tried = {e["budget"] for e in self.entries} | {name.rpartition(" ")[2] for name in self.failed}
         return [b for b in BUDGETS if b in tried]
+
+
+def _run(entry: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(entry[k] for k in ("row", "seed", "budget", "key"))
+
+
+def _attempt(row: str, seed: int, budget: str) -> str:
+    return f"{row}, seed {seed}, budget {budget}"
 
 
 def read(folder: Path) -> Kept:
@@ -139,22 +149,24 @@ def _short(value: float | None) -> float | None:
 
 
 def split_of(dataset: Mapping[str, Any]) -> dict[str, Any]:
-    """Which part of a data set is used, where not the whole of it."""
-    return {k: dataset[k] for k in ("val", "train_examples", "test_examples") if dataset.get(k)}
+    """Which part of a data set is used, where not the whole of it, and how synthetic images were made."""
+    return {k: dataset[k] for k in DRAWN if dataset.get(k)}
 
 
 def key_of(config: Mapping[str, Any], data: Mapping[str, Any], split: Mapping[str, Any]) -> str | None:
     """The key that the run of `config` has on `data`, as the result.json of another run describes them.
 
-    None where the data are not those of `config`: name, augmentation or `split` differ, the images' checksum is all
-    that has to be taken from there. It saves loading the data; see `qbench.run.prepare`, which does.
+    None where the data are not those of `config`: name, augmentation, mean, std or `split` differ, the images'
+    checksum is all that has to be taken from there. It saves loading the data; see `qbench.run.prepare`, which does.
     """
     from qbench.resolve import digest, identity, parent_of
 
     dataset = config["dataset"]
-    if (data["name"], data["augment"], split) != (dataset["name"], dataset["augment"], split_of(dataset)):
-        return None
-    if data.get("preprocess", "standard") != (dataset.get("preprocess") or "standard"):
+    asked: dict[str, Any] = {k: [*dataset[k]] for k in ("mean", "std") if dataset.get(k) is not None}
+    asked |= {k: dataset[k] for k in ("name", "augment")}
+    asked["preprocess"] = dataset.get("preprocess") or "standard"
+    theirs = {"preprocess": "standard", **data}
+    if split != split_of(dataset) or any(theirs[k] != v for k, v in asked.items()):
         return None
     if config["init"] not in ("float", "scratch"):
         return None  # a checkpoint is known by its bytes, not by its name

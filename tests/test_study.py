@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from filelock import FileLock
 from matplotlib.figure import Figure
 
 from qbench import cards, catalog, study, study_pages, study_plots
@@ -160,6 +162,7 @@ def test_rows_are_products_and_words_of_the_row_win(tmp_path: Path) -> None:
         ("method=pact", "distill.weight=1"),
         ("method=pact", "dataset.val=16"),
         ("method=pact", "dataset.preprocess=gcn_zca"),
+        ("method=pact", "dataset.val=16", "dataset.val_seed=3", "dataset.noise=0.5", "dataset.mean=[0.1,0.2,0.3]"),
     ],
 )
 def test_the_key_is_that_of_the_run(words: tuple[str, ...]) -> None:
@@ -173,6 +176,8 @@ def test_the_key_is_that_of_the_run(words: tuple[str, ...]) -> None:
     other = "standard" if config["dataset"]["preprocess"] == "gcn_zca" else "gcn_zca"
     assert key_of(config, {**run.identity["data"], "preprocess": other}, split) is None
     assert key_of(config, run.identity["data"], {**split, "val": 7}) is None
+    assert key_of(config, run.identity["data"], {**split, "val_seed": 7}) is None
+    assert key_of({**config, "dataset": {**config["dataset"], "mean": [9.0]}}, run.identity["data"], split) is None
     assert key_of({**config, "seed": 9}, run.identity["data"], split) != run.key
 
 
@@ -270,6 +275,17 @@ def test_a_run_of_another_study_counts_and_draw_runs_nothing(go: Callable[..., A
     assert [e["row"] for e in kept.entries if e["row"] != "dorefa"] == ["same"]
 
 
+def test_what_was_run_here_again_counts_before_what_is_committed(go: Callable[..., Any], tmp_path: Path) -> None:
+    card = toy(tmp_path)
+    _, kept = go(card, only=("pact",))
+    (run,) = Path("o").glob("pact-*")
+    committed = shutil.copytree(run, Path("r") / "first" / run.name) / "result.json"
+    committed.write_text(json.dumps({**json.loads(committed.read_text()), "accuracy_last": 1.0}))
+    for _ in range(2):
+        _, again = go(card, only=("pact",), draw=True)
+        assert again.entries == kept.entries
+
+
 def test_what_fails_is_noted_and_the_rest_is_drawn(go: Callable[..., Any], tmp_path: Path) -> None:
     bad = {"id": "bad", "run": "method=flexor bits=0.47 options.n_in=[19,16,7]", "published": 80.0}
     card = toy(tmp_path, rows=[bad, *TOY["rows"]])
@@ -330,6 +346,30 @@ def test_two_studies_that_write_the_same_file_keep_both(tmp_path: Path) -> None:
     text = one.text()
     assert json.loads(text) == {"runs": one.entries[::-1], "failed": {}}
     assert Kept(one.entries[::-1]).text() == text
+
+
+def test_a_failure_counts_until_the_run_is_done() -> None:
+    one, other = Kept([entry("a", 1.0)]), Kept()
+    other.note("a", 0, "paper", "was mended since")
+    other.note("b", 0, "paper", "is not")
+    one.merge(other)
+    assert one.failed == {"b, seed 0, budget paper": "is not"}
+    one.add(entry("b", 2.0))
+    assert not one.failed
+
+
+def test_a_study_waits_for_another_that_writes(tmp_path: Path) -> None:
+    mine = study.Study(toy(tmp_path), study.Ask(out=str(tmp_path / "o"), results=tmp_path / "r"), resolve_row)
+    mine.kept.add(entry("float", 1.0))
+    mine.folder.mkdir(parents=True)
+    with FileLock(mine.folder / ".lock"):
+        writer = threading.Thread(target=mine.save)
+        writer.start()
+        writer.join(0.3)
+        assert writer.is_alive()
+        (mine.folder / RESULTS).write_text(Kept([entry("pact", 2.0)]).text())
+    writer.join()
+    assert {e["row"] for e in read(mine.folder).entries} == {"float", "pact"}
 
 
 # What comes out.

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from qbench import report
+from qbench import overrides, report
+from qbench.errors import UserError
 
 Cli = Callable[..., Any]
 
@@ -75,6 +76,15 @@ def test_an_option_that_some_methods_lack_leaves_the_others_alone(tiny: Cli, tmp
     assert "unknown option 'options.gradeint'. Did you mean 'options.gradient'?" in said.err
 
 
+def test_intervals_and_patterns_are_checked_too() -> None:
+    overrides.check(["method=pact", "train.lr=interval(0.001,0.1)"], sweep=True)
+    overrides.check(["method=glob(*nor)", "bits=1"], sweep=True)
+    with pytest.raises(UserError, match="fits nothing"):
+        overrides.check(["method=glob(zz*)"], sweep=True)
+    with pytest.raises(UserError, match=r"train\.lrr"):
+        overrides.check(["method=pact", "train.lrr=interval(0.001,0.1)"], sweep=True)
+
+
 def test_plans_of_a_sweep_leave_nothing(tiny: Cli, tmp_path: Path) -> None:
     said = tiny("-m", "method=twn,ttq", "plan=true", "out=o")
     assert said.status == 0, said.err
@@ -130,7 +140,7 @@ def test_rows_that_differ_in_anything_but_the_seed_stand_apart() -> None:
         "method": "m", "w_bits": 4, "a_bits": 4, "model": "n", "dataset": "d", "budget": "b", "bits_per_weight": 4.0,
         "bytes": 1000, "accuracy_last": 50.0,
     }  # fmt: skip
-    same = [{**base, "seed": s, "identity": {"seed": s, "recipe": {"lr": 1}}} for s in (0, 1)]
+    same = [{**base, "seed": s, "identity": {"seed": s, "teacher": f"seed {s}", "recipe": {"lr": 1}}} for s in (0, 1)]
     other = {**base, "seed": 0, "identity": {"seed": 0, "recipe": {"lr": 2}}}
     rows = report.rows([*same, other])
     assert [row[0] for row in rows] == ["m (2 seeds)", "m"]
