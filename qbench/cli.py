@@ -22,7 +22,8 @@ ASKING = ("help", "-h", "--help")
 SINGLE: list[
     int | BaseException
 ] = []  # what a single run came to: hydra.main returns nothing, and prints errors its own way
-FLAGS_WITH_VALUE = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--package", "-p")
+OWN_CONF = ("--config-dir", "-cd")
+FLAGS_WITH_VALUE = (*OWN_CONF, "--config-name", "-cn", "--config-path", "-cp", "--package", "-p", "--cfg", "-c")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -116,15 +117,15 @@ def _evaluate(args: list[str]) -> int:
         if strange:
             raise UserError(f"a run is evaluated as it was trained; only dataset.* may be set, got {strange[0]}")
         from qbench.finished import evaluate
+        from qbench.report import percent
 
         result, loss, accuracy = evaluate(folder, {k.removeprefix("dataset."): v for k, v in given.items()})
-        print(
-            f"{folder}: accuracy {accuracy:.2f} %, loss {loss:.4f} (recorded: {result.get('accuracy_last', 0):.2f} %)"
-        )
+        recorded = percent(result.get("accuracy_last"))
+        print(f"{folder}: accuracy {accuracy:.2f} %, loss {loss:.4f} (recorded: {recorded} %)")
         return 0
     if path.is_dir():
         raise UserError(f"{path} is not a finished run: it has no config.yaml")
-    config = resolve_overrides(["method=float", f"init={path}", *overrides])
+    config = resolve_overrides(["method=float", *overrides])
     from qbench.finished import evaluate_checkpoint
 
     loss, accuracy = evaluate_checkpoint(config, path)
@@ -148,7 +149,7 @@ def split(args: Sequence[str]) -> tuple[list[str], list[str]]:
 def _hydra(args: list[str]) -> int:
     flags, overrides = split(args)
     sweep = any(f in ("-m", "--multirun") for f in flags)
-    own_conf = any(f in ("--config-dir", "-cd") for f in flags)
+    own_conf = any(f.partition("=")[0] in OWN_CONF for f in flags)
     if not own_conf:
         check(overrides, sweep)
         overrides = forced(overrides) if sweep else overrides

@@ -17,7 +17,7 @@ from qbench.optim import criterion
 from qbench.recipe import Recipe
 from qbench.report import read_config
 from qbench.resolve import parent_of
-from qbench.run import COMMITTED, Run, make_batches, prepare
+from qbench.run import Run, make_batches, parent_places, prepare
 
 
 def rebuild(folder: Path) -> nn.Module:
@@ -77,7 +77,6 @@ def plan(config: dict[str, Any]) -> dict[str, Any]:
     place = device.pick(config["device"])
     device.set_threads(config["threads"])
     model, method, recipe = make_model(config, run.data).to(place), make_method(config), Recipe(**config["train"])
-    parent = Recipe(**config["parent"])
     kept = quantize(config, model, method)
     place_net(model, place, config["channels_last"])
     train = make_batches(run, run.data.train, place, True)
@@ -90,12 +89,12 @@ def plan(config: dict[str, Any]) -> dict[str, Any]:
         loss.backward()  # type: ignore[no-untyped-call]
         loss.item()  # waits for a GPU
         times.append(time.monotonic() - start)
-    steps = recipe.total_steps(len(train))
-    needs_parent = config["init"] == "float" and not any(
-        (folder / prepare(parent_of(config), run.data).folder.name / "result.json").is_file()
-        for folder in (COMMITTED, Path(config["out"]))
-    )
-    parent_steps = parent.total_steps(len(train)) if needs_parent else 0
+    steps, parent_steps = recipe.total_steps(len(train)), 0
+    if config["init"] == "float" or config["distill"]["weight"]:
+        parent = prepare(parent_of(config), run.data)
+        if not any(found.result() for found in parent_places(parent)):
+            per_epoch = len(make_batches(parent, run.data.train, place, True))
+            parent_steps = Recipe(**config["parent"]).total_steps(per_epoch)
     return {
         "config": config,
         "manifest": surgery.manifest(model, kept),

@@ -50,7 +50,7 @@ def write(run: "Run", model: nn.Module, kept: dict[str, str], recorder: Recorder
     files.atomic_write(folder / "config.yaml", yaml.safe_dump(json.loads(json.dumps(config)), sort_keys=False))
     recorder.flush()
     records = read(folder)
-    if run.config["train"]["steps"] != 0:
+    if result["epoch_best"]:  # else nothing was trained, and there is no curve
         plots.curves(folder, result, records)
     if any("quantizer" in entry for entry in manifest["weights"].values()):
         plots.histograms(folder, result, records)

@@ -153,17 +153,21 @@ def _sole_owner(folder: Path, screen: Screen) -> Iterator[None]:
         lock.release()
 
 
+def parent_places(parent: Run) -> list[Run]:
+    """The float parent where it may lie: with the repository, or where it is trained."""
+    return [replace(parent, folder=COMMITTED / parent.folder.name), parent]
+
+
 def float_parent(run: Run, screen: Screen) -> tuple[Path, dict[str, Any]]:
     """(state file, result) of the float parent: a committed one, one trained before, or one trained now."""
     parent = prepare(parent_of(run.config), run.data)
-    for folder in (COMMITTED / parent.folder.name, parent.folder):
-        done = replace(parent, folder=folder)
+    for done in parent_places(parent):
         found = done.result()
         if found is not None:
-            if not (folder / "model.pt").is_file():
-                raise UserError(f"{folder} has lost its model.pt; move the folder away, and it is trained again")
-            screen.line(f"float parent: {folder} ({found['accuracy_last']:.2f} %)")
-            return folder / "model.pt", found
+            if not (done.folder / "model.pt").is_file():
+                raise UserError(f"{done.folder} has lost its model.pt; move the folder away, and it is trained again")
+            screen.line(f"float parent: {done.folder} ({found['accuracy_last']:.2f} %)")
+            return done.folder / "model.pt", found
     screen.line(f"float parent: training it once, in {parent.folder}")
     found = _execute(parent, screen)
     return parent.folder / "model.pt", found

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from qbench import checkpoint
+from qbench import catalog, checkpoint
+from qbench.cli import split
 from qbench.finished import evaluate, rebuild
 
 KEYS = {
@@ -112,6 +113,9 @@ def test_post_training_quantization_takes_no_step(tiny: Cli, tmp_path: Path) -> 
     assert result["accuracy_last"] == result["accuracy_before_training"]
     assert abs(result["accuracy_last"] - result["float_accuracy"]) < 5
     assert not (folder_of(tmp_path / "o", "ptq") / "curves.png").exists()
+    said = tiny("method=pact", "bits=4", "out=o", "train.epochs=0")  # likewise: calibrated alone, and no curve
+    assert said.status == 0, said.err
+    assert not (folder_of(tmp_path / "o", "pact") / "curves.png").exists()
 
 
 def test_init_from_a_checkpoint_by_key_and_by_order_and_shape(tiny: Cli, tmp_path: Path) -> None:
@@ -168,8 +172,8 @@ def test_eval_reads_options_as_a_run_does(tiny: Cli, cli: Cli, tmp_path: Path) -
 def test_eval_of_a_plain_checkpoint(tiny: Cli, cli: Cli, tmp_path: Path) -> None:
     tiny("method=float", "out=o")
     state = checkpoint.load(folder_of(tmp_path / "o", "float") / "model.pt")
-    torch.save(state, tmp_path / "plain.pt")
-    said = cli("eval", "plain.pt", "model=tiny", "dataset=synthetic", "budget=smoke", "device=cpu")
+    torch.save(state, tmp_path / "a, (plain)=net.pt")
+    said = cli("eval", "a, (plain)=net.pt", "model=tiny", "dataset=synthetic", "budget=smoke", "device=cpu")
     assert said.status == 0, said.err
     assert f"accuracy {result_of(tmp_path / 'o', 'float')['accuracy_last']:.2f} %" in said.out
 
@@ -197,6 +201,26 @@ def test_plan_prints_and_leaves_nothing(tiny: Cli, tmp_path: Path) -> None:
     for words in ("method:", "conv2.weight", "first layer", "bits per quantized weight", "steps + 6", "of training"):
         assert words in said.out
     assert not (tmp_path / "o").exists()
+
+
+def test_a_plan_counts_the_parent_that_is_still_to_train(tiny: Cli) -> None:
+    words = ("method=lsq", "bits=4", "init=scratch", "distill.weight=1", "out=o", "plan=true")
+    assert "for the float parent" in tiny(*words).out  # the teacher
+    assert "for the float parent" not in tiny(*words, "distill.weight=0").out
+    assert tiny("method=float", "out=o").status == 0
+    assert "for the float parent" not in tiny(*words).out
+    assert "for the float parent" in tiny(*words, "parent.batch_size=16").out  # another parent
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_a_folder_of_own_configuration(tiny: Cli, tmp_path: Path, joined: bool) -> None:
+    own = tmp_path / "conf" / "method" / "mine.yaml"
+    own.parent.mkdir(parents=True)
+    own.write_text((catalog.conf_folder() / "method" / "pact.yaml").read_text())
+    folder = [f"--config-dir={tmp_path / 'conf'}"] if joined else ["--config-dir", tmp_path / "conf"]
+    said = tiny(*folder, "method=mine", "bits=4", "out=o", "plan=true")
+    assert said.status == 0, said.err
+    assert split(["--cfg", "job", "-m", "bits=4"]) == (["--cfg", "job", "-m"], ["bits=4"])
 
 
 def test_a_validation_split_chooses_the_epoch(tiny: Cli, tmp_path: Path) -> None:
