@@ -158,6 +158,7 @@ def _histogram(cell: Cell) -> dict[str, Any] | None:
 def _histograms(figure: Any, card: Card, cells: Sequence[Cell]) -> None:
     """The latent weights of one layer at the end of training, a panel per row, on a common axis."""
     panels = figure.subplots(1, len(cells), sharex=True, squeeze=False)[0]
+    latent = latent_name({k: v for c in cells for k, v in (_histogram(c) or {}).items()})  # one method, one name
     for i, (panel, cell) in enumerate(zip(panels, cells, strict=True)):
         found = _histogram(cell) or {}
         lo, hi, counts = found["lo"], found["hi"], found["counts"]
@@ -167,4 +168,4 @@ def _histograms(figure: Any, card: Card, cells: Sequence[Cell]) -> None:
         panel.set_yticks([0, 1])
         if i == 0:
             panel.set_ylabel("frequency\n(peak = 1)")
-        panel.set_xlabel(f"{latent_name(found)} of {card.figure.histogram}")
+        panel.set_xlabel(f"{latent} of {card.figure.histogram}")
