@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from qbench import catalog
 from qbench.errors import UserError, unknown
-from qbench.overrides import check, check_options, forced, parse, resolve_overrides, resolve_row
+from qbench.overrides import check, check_options, forced, parse, resolve_row
 from qbench.usage import HELP, USAGE
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def _evaluate(args: list[str]) -> int:
         return 0
     if path.is_dir():
         raise UserError(f"{path} is not a finished run: it has no config.yaml")
-    config = resolve_overrides(["method=float", *overrides])
+    config = resolve_row(["method=float", *overrides])
     from qbench.finished import evaluate_checkpoint
 
     loss, accuracy = evaluate_checkpoint(config, path)

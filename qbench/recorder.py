@@ -154,17 +154,18 @@ def layer_histogram(
     """
     used = None
     if codes is not None:
-        _, counts = torch.unique(codes.detach().cpu(), return_counts=True)
+        used, counts = _count(codes, bins)
         p = counts.double() / max(codes.numel(), 1)
         entropy = abs(float(-(p * p.log2()).sum()))  # abs: one code alone would give -0.0
-        used = {**_count(codes, bins), "distinct": len(counts), "entropy": entropy}
+        used |= {"distinct": len(counts), "entropy": entropy}
+    finite = _finite(latent)
     return {
-        "latent": _bin(_finite(latent), bins),
-        "quantized": _count(quantized, bins),
+        "latent": _bin(finite, bins),
+        "quantized": _count(quantized, bins)[0],
         "codes": used,
         "levels": levels,
         "count": latent.numel(),
-        "nonfinite": latent.numel() - _finite(latent).numel(),
+        "nonfinite": latent.numel() - finite.numel(),
     }
 
 
@@ -184,10 +185,12 @@ def _bin(x: Tensor, bins: int) -> dict[str, Any]:
     return {"counts": torch.histc(x, bins, lo, hi).long().tolist(), "lo": lo, "hi": hi}
 
 
-def _count(x: Tensor, bins: int) -> dict[str, Any]:
+def _count(x: Tensor, bins: int) -> tuple[dict[str, Any], Tensor]:
+    """The histogram of x, and how often each of its values comes."""
     x = _finite(x)
     values, counts = torch.unique(x, return_counts=True)
-    return {"values": values.tolist(), "counts": counts.tolist()} if len(values) <= DISTINCT else _bin(x, bins)
+    few = {"values": values.tolist(), "counts": counts.tolist()} if len(values) <= DISTINCT else None
+    return few or _bin(x, bins), counts
 
 
 def _raw(histogram: Mapping[str, Any]) -> dict[str, Any]:

@@ -156,6 +156,9 @@ class Study:
         self.kept = read(self.folder)
         # what is committed counts, but for what was run here again
         self.runs = {r["key"]: r for r in finished((ask.results, Path(ask.out))) if "key" in r}
+        facts = {json.dumps([r["identity"]["data"], r["split"]]): r for r in self.runs.values()}
+        self.examples = list(facts.values())  # one run for each data set
+        self.configs: dict[tuple[str, str], dict[str, Any]] = {}
 
     def do(self, rows: Sequence[Row]) -> int:
         """Collect, run what is missing (not with draw or plan), draw; returns the exit status."""
@@ -174,11 +177,14 @@ class Study:
         return status
 
     def config(self, row: Row, budget: str, seed: int = 0) -> dict[str, Any]:
-        """The resolved configuration of a row."""
-        try:
-            return self.compose([*run_words(row, budget), f"seed={seed}", f"out={self.ask.out}", *self.ask.places])
-        except UserError as error:
-            raise UserError(f"{self.card.name}, row '{row.id}': {error}") from error
+        """The resolved configuration of a row; composed once, as no option but the seed depends on the seed."""
+        if (row.id, budget) not in self.configs:
+            try:
+                words = [*run_words(row, budget), f"out={self.ask.out}", *self.ask.places]
+                self.configs[row.id, budget] = self.compose(words)
+            except UserError as error:
+                raise UserError(f"{self.card.name}, row '{row.id}': {error}") from error
+        return {**self.configs[row.id, budget], "seed": seed}
 
     def collect(self, rows: Sequence[Row]) -> None:
         """Take over what lies finished in `out`, for all seeds and budgets known; mark what no longer fits."""
@@ -186,19 +192,17 @@ class Study:
         budgets = {self.ask.budget} | known & {*catalog.names("budget")} - {"smoke"}
         for row in rows:
             for budget in sorted(budgets if not self.ask.trial else {"smoke"}):
-                base = self.config(row, budget)
                 for e in self.kept.entries:
                     if (e["row"], e["budget"]) == (row.id, budget):
-                        e["earlier"] = e["key"] != key_of({**base, "seed": e["seed"]}, e["data"], e["split"])
+                        e["earlier"] = e["key"] != key_of(self.config(row, budget, e["seed"]), e["data"], e["split"])
                 for seed in {r["seed"] for r in self.runs.values()}:
-                    found = self.find({**base, "seed": seed})
+                    found = self.find(self.config(row, budget, seed))
                     if found is not None:
                         self.add(row, budget, found)
 
     def find(self, config: Mapping[str, Any]) -> dict[str, Any] | None:
         """The finished run of `config` among those in `out`."""
-        facts = {json.dumps([r["identity"]["data"], r["split"]]): r for r in self.runs.values()}
-        keys = (key_of(config, r["identity"]["data"], r["split"]) for r in facts.values())
+        keys = (key_of(config, r["identity"]["data"], r["split"]) for r in self.examples)
         return next((self.runs[k] for k in keys if k in self.runs), None)
 
     def done(self, row: Row, seed: int) -> str:
@@ -226,7 +230,6 @@ class Study:
             try:
                 error = self.one(row, seed)
             except KeyboardInterrupt:
-                self.save()
                 print(f"qbench: stopped; what is done is kept, see {self.folder}", file=sys.stderr)
                 return 130
             failed += error is not None

@@ -307,6 +307,10 @@ def test_stopped_by_the_user(go: Callable[..., Any], tmp_path: Path, monkeypatch
         raise Interrupted("stopped")
 
     card = toy(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(qbench.run, "execute", stop)
+        assert go(card)[0] == 130
+    assert not (Path("r") / "toy").exists()  # nothing is done, and nothing is left
     go(card, only=("float",))
     monkeypatch.setattr(qbench.run, "execute", stop)
     status, kept = go(card)
