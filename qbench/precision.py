@@ -3,6 +3,8 @@
 import json
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -11,7 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from qbench import device, files
-from qbench.data.cache import cache_folder
+from qbench.build import place_net
+from qbench.data.cache import cache_folder, locked
 from qbench.errors import UserError
 from qbench.evaluation import autocast
 from qbench.resolve import digest
@@ -62,18 +65,23 @@ def _remembered(
     machine = [device.cpu(), torch.__version__, torch.cuda.get_device_name() if place.type == "cuda" else "cpu"]
     key = digest([config["model"], list(shape), batch, threads, config["channels_last"], machine])
     path = cache_folder() / f"precision-{key}.json"
+    if (found := _kept(path)) is None:
+        with locked(path) as writable:  # runs that start together must come to one answer, and not disturb the timing
+            if (found := _kept(path)) is None:
+                found = time_steps(make_model(), batch, shape, place, config["channels_last"])
+                with suppress(UserError):  # a full disk costs a few steps each time
+                    if writable:
+                        files.atomic_write(path, json.dumps(found))
+    return found
+
+
+def _kept(path: Path) -> dict[str, float] | None:
+    """The times in `path`; None where they were not taken yet."""
     try:
         found = json.loads(path.read_text())
         return {"fp32": float(found["fp32"]), "bf16": float(found["bf16"])}
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # not timed yet
-    seconds = time_steps(make_model().to(place), batch, shape, place, config["channels_last"])
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files.atomic_write(path, json.dumps(seconds))
-    except (OSError, UserError):
-        pass  # a cache folder that cannot be written costs a few steps each time
-    return seconds
+        return None
 
 
 def time_steps(
@@ -81,13 +89,11 @@ def time_steps(
 ) -> dict[str, float]:
     """Median seconds of forward and backward of `model` in fp32 and in bf16, in turn."""
     channels, size, classes = shape
+    place_net(model, place, channels_last)
     random = torch.Generator().manual_seed(0)
     x = torch.randn(batch, channels, size, size, generator=random).to(place)
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
-        for p in model.parameters():
-            if p.dim() == 4:
-                p.data = p.data.contiguous(memory_format=torch.channels_last)
     y = torch.randint(classes, (batch,), generator=random).to(place)
     seconds: dict[str, list[float]] = {"fp32": [], "bf16": []}
     for _ in range(1 + ROUNDS):

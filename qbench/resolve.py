@@ -17,6 +17,7 @@ PROTOCOLS = ("paper", "uniform")
 SITES = ("weight", "input", "output", "error", "replace")
 FLOAT_METHOD: dict[str, Any] = {"name": "float", "w_bits": {"default": 32, "only": [32]}, "init": "scratch"}
 DEFAULTS = {f.name: f.default for f in fields(Recipe)}
+UNREAD: dict[str, tuple[str, ...]] = {"step": (), "exponential": ("milestones",)}  # other schedules read neither
 
 
 class NotApplicable(UserError):
@@ -142,9 +143,10 @@ def parent_of(config: Mapping[str, Any]) -> dict[str, Any]:
 def identity(config: Mapping[str, Any], data: Mapping[str, Any], init: str) -> dict[str, Any]:
     """What decides the numbers of a run: the configuration without folders, devices and display; the data by checksum.
 
-    Values that are null, empty or a recipe's default are left out, so that a new option does not rename old results.
+    Values that are null, empty or a recipe's default are left out, so that a new option does not rename old results;
+    so are those that the schedule does not read.
     """
-    method = config["method"]
+    method, unread = config["method"], UNREAD.get(config["train"]["schedule"], ("milestones", "gamma"))
     out = {
         "method": {
             "name": method["name"],
@@ -155,7 +157,7 @@ def identity(config: Mapping[str, Any], data: Mapping[str, Any], init: str) -> d
         "options": config["options"],
         "model": config["model"],
         "data": data,
-        "recipe": {k: v for k, v in config["train"].items() if v != DEFAULTS[k]},
+        "recipe": {k: v for k, v in config["train"].items() if v != DEFAULTS[k] and k not in unread},
         "init": init,
         "seed": config["seed"],
         "bits": [config["w_bits"], config["a_bits"]],

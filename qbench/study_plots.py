@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qbench.cards import Card
-from qbench.drawing import DASHES, STYLE, label_epochs, latent_name, save
+from qbench.drawing import DASHES, STYLE, edges, label_epochs, latent_name, relative, save
 from qbench.study_pages import TRIAL, Cell, accuracy, title
 
 if TYPE_CHECKING:
@@ -129,24 +129,27 @@ def _dots(axes: "Axes", card: Card, cells: Sequence[Cell]) -> None:
 
 def _curves(axes: "Axes", card: Card, cells: Sequence[Cell]) -> None:
     """Test accuracy over the epochs, the first seed of each row; published final numbers as hollow marks at the end."""
-    top, ends = 0.0, []
-    for i, cell in enumerate(cells):
+    nothing: dict[str, list[float]] = {"epoch": [], "test_accuracy": []}
+    courses = [next((e["course"] for e in c.entries if e.get("course")), nothing) for c in cells]
+    top = max((x for course in courses for x in course["epoch"]), default=1)
+    seen: list[float] = []
+    early: list[float] = []  # they would flatten the rest
+    for i, (cell, course) in enumerate(zip(cells, courses, strict=True)):
         colour, dash = COLOURS[i % len(COLOURS)], DASHES[i % len(DASHES)]
-        course = next((e["course"] for e in cell.entries if e.get("course")), None)
-        if course:
-            epochs, scores = course["epoch"], course["test_accuracy"]
+        epochs, scores = course["epoch"], course["test_accuracy"]
+        if epochs:
             marker = "o" if len(epochs) == 1 else None  # one evaluation alone makes no line
             axes.plot(epochs, scores, color=colour, linestyle=dash, marker=marker, label=cell.row.label)  # type: ignore[arg-type]
-            top = max(top, epochs[-1])
-            ends.append((epochs, scores))
-        if cell.row.published is not None:
-            axes.plot(top or 1, accuracy(card, cell.row.published) or 0.0, color=colour, marker="o", **HOLLOW)
+        for x, y in zip(epochs, scores, strict=True):
+            (seen if x >= 0.25 * top else early).append(y)
+        if (published := accuracy(card, cell.row.published)) is not None:
+            axes.plot(top, published, color=colour, marker="o", **HOLLOW)
+            seen.append(published)
     label_epochs([axes])
-    if ends:  # the first epochs, far below, would flatten the rest
-        late = [y for curve in ends for x, y in zip(*curve, strict=True) if x >= 0.25 * top]
-        span = max(late) - min(late) or 1.0
-        axes.set_ylim(min(late) - 0.08 * span, max(late) + 0.08 * span)
-        if min(min(scores) for _, scores in ends) < axes.get_ylim()[0]:
+    if early or len(seen) > 1:
+        span = max(seen) - min(seen) or 1.0
+        axes.set_ylim(min(seen) - 0.08 * span, max(seen) + 0.08 * span)
+        if min(early, default=100.0) < axes.get_ylim()[0]:
             axes.set_xlabel("epoch (of the first, some lie below)")
     axes.set_ylabel(_unit(card))
 
@@ -161,9 +164,7 @@ def _histograms(figure: Any, card: Card, cells: Sequence[Cell]) -> None:
     latent = latent_name({k: v for c in cells for k, v in (_histogram(c) or {}).items()})  # one method, one name
     for i, (panel, cell) in enumerate(zip(panels, cells, strict=True)):
         found = _histogram(cell) or {}
-        lo, hi, counts = found["lo"], found["hi"], found["counts"]
-        edges = [lo + (hi - lo) * k / len(counts) for k in range(len(counts) + 1)]
-        panel.stairs([c / max(counts) for c in counts], edges, fill=True, color="0.45")
+        panel.stairs(relative(found), edges(found), fill=True, color="0.45")
         panel.set_title(cell.row.label)
         panel.set_yticks([0, 1])
         if i == 0:

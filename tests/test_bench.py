@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,23 @@ def test_auto_is_the_run_that_names_what_it_took(
     assert "done before" in tiny(*words).out  # whatever a later timing would say
     assert "done before" in tiny("method=float", f"precision={taken}", "out=o").out
     assert len(list((tmp_path / "o").rglob("result.json"))) == 1
+
+
+def test_runs_that_start_together_come_to_one_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QBENCH_CACHE", str(tmp_path))
+    timed: list[int] = []
+
+    def timing(*args: object) -> dict[str, float]:
+        timed.append(1)
+        time.sleep(0.1)  # both ask before the first has its answer
+        return {"fp32": 1.0, "bf16": float(len(timed))}
+
+    monkeypatch.setattr(precision, "time_steps", timing)
+    config = {"device": "cpu", "threads": torch.get_num_threads(), "model": {"name": "tiny"}, "channels_last": True}
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda _: precision._remembered(config, 4, (1, 8, 4), torch.nn.Identity), range(2)))
+    assert found == [{"fp32": 1.0, "bf16": 1.0}] * 2
+    assert len(timed) == 1
 
 
 def test_a_run_takes_its_first_step_soon(tmp_path: Path) -> None:

@@ -265,6 +265,15 @@ def test_a_new_option_that_is_null_or_a_default_renames_nothing() -> None:
     assert digest(identity(config, FACTS, "scratch")) == before
 
 
+def test_what_the_schedule_does_not_read_decides_nothing() -> None:
+    drops, decay = "train.milestones=[1]", "train.gamma=0.3"
+    assert key("train.schedule=constant", drops, decay) == key("train.schedule=constant")
+    assert key("train.schedule=exponential", drops) == key("train.schedule=exponential")
+    for schedule, words in (("step", (drops, decay)), ("exponential", (decay,))):
+        asked = (f"train.schedule={schedule}", "train.milestones=[2]")
+        assert len({key(*asked), *(key(*asked, word) for word in words)}) == 1 + len(words)
+
+
 # Commands of which no two may share a folder.
 DIFFERENT = [
     (),

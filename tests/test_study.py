@@ -432,6 +432,10 @@ def test_one_evaluation_alone_is_a_mark_above_its_epoch(tmp_path: Path) -> None:
     axes = Figure().subplots()
     study_plots._curves(axes, card, [two])
     assert axes.lines[0].get_marker() == "None"
+    assert two.row.published
+    lo, hi = axes.get_ylim()
+    assert lo < 11.0 < two.row.published < hi, "the curve and the published mark are both in view"
+    assert axes.get_xlabel() == "epoch"
 
 
 def test_the_heading_tells_of_the_runs_that_are_shown(tmp_path: Path) -> None:

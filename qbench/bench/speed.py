@@ -99,7 +99,7 @@ def depthwise(s: Setting) -> Iterator[Entry]:
         config, place = few.config("float", model), s.place()
         data = load(config["dataset"])
         shape = (data.channels, data.size, data.classes)
-        times = precision.time_steps(make_model(config, data).to(place), few.batch, shape, place, True)
+        times = precision.time_steps(make_model(config, data), few.batch, shape, place, True)
         fp32, bf16 = times["fp32"], times["bf16"]
         taken = {"auto": precision.fastest(times)}
         of, rate = "the float net in fp32, channels_last", few.batch / bf16
