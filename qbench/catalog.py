@@ -30,9 +30,9 @@ def aliases() -> dict[str, str]:
     return {name: target for name in names("method") if (target := remark("method", name, "alias"))}
 
 
-def options(method: str) -> list[str]:
-    """What a method, or the one that an alias points to, offers as options.NAME."""
-    return list(_read("method", aliases().get(method, method)).get("options", {}))
+def options(method: str) -> dict[str, Any]:
+    """{name: default} of what a method, or the one that an alias points to, offers as options.NAME."""
+    return dict(_read("method", aliases().get(method, method)).get("options", {}))
 
 
 def _read(group: str, name: str) -> dict[str, Any]:
@@ -63,6 +63,29 @@ def remark(group: str, name: str, word: str) -> str:
         if text.startswith(f"{word}:"):
             return text.removeprefix(f"{word}:").strip()
     return ""
+
+
+def about(method: str) -> str:
+    """What `qbench method=... --help` prints: the paper, and the options as their YAML explains them."""
+    if method not in names("method"):
+        raise unknown("method", method, names("method"))
+    name = aliases().get(method, method)
+    found = _read("method", name)["method"]
+    paper = f" (arXiv {found['arxiv']})" if found.get("arxiv") else ""
+    lines = [f"method={name}: {found['summary']}", f"  {found['title']}{paper}"]
+    for word, of in (("w_bits", "weights"), ("a_bits", "activations")):
+        bits = found[word]
+        allowed = " or ".join(map(str, bits["only"])) if "only" in bits else f"{bits['lo']} to {bits['hi']}"
+        default = "" if allowed == str(bits["default"]) else f", {bits['default']} by default"
+        lines.append(f"  {word}=   bits of {of}: {allowed}{default}")
+    _, _, text = (conf_folder() / "method" / f"{name}.yaml").read_text().partition("\noptions:")
+    text = text.partition("\n  kept:")[0].strip("\n")
+    own = (
+        f"Options, as options.NAME=value, with their defaults:\n  {text.strip()}"
+        if text
+        else "It has no options of its own."
+    )
+    return "\n".join([*lines, "", own])
 
 
 def listing() -> str:

@@ -58,7 +58,9 @@ def _unexpected(error: BaseException) -> str:
 
 def _dispatch(args: list[str]) -> int:
     if not args or args[0] in ASKING or any(a in ASKING[1:] for a in args) or args[1:] == ["help"]:
-        print(HELP.get(next((a for a in args if a not in ASKING), ""), USAGE))
+        of = next((a for a in args if a not in ASKING), "")
+        method = of.removeprefix("method=")
+        print(catalog.about(method) if method != of else HELP.get(of, USAGE))
         return 0
     if args[0] == "--version":
         from qbench import __version__

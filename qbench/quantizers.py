@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from qbench import ops
+from qbench.binary import Slope
 from qbench.errors import UserError
 from qbench.quantizer import Codes, Quantizer, check_bits, check_choice
 
@@ -127,7 +128,7 @@ class _DoReFaWeightsInOneRow(torch.autograd.Function):
 class DoReFaWeight(Quantizer):
     """DoReFa weights, per layer; also the weights of PACT.
 
-    bits = 1: w_hat = sign(w) * mean|w| with sign(0) = +1, gradient 1 (the mean is a constant).
+    bits = 1: w_hat = sign(w) * mean|w| with sign(0) = +1, gradient 1 (the mean is a constant), or that of `gradient`.
     bits > 1: w_hat = scale * (2 Q(tanh(w) / (2 m) + 1/2) - 1), m = max|tanh(w)|, Q(r) = round(n r) / n, n = 2^bits - 1.
     The gradient of Q's round is 1; it flows through tanh and through the division by m: with g = dL/dw_hat,
     dL/dw = scale (1 - tanh^2 w) / m * (g - 1[w is the arg-max] sign(w) sum(g tanh w) / m), the last term shared evenly
@@ -141,9 +142,10 @@ class DoReFaWeight(Quantizer):
         bits: 1..16
         detach: treat m as a constant in the gradient, as several ports do
         init: 'scratch' for scale = 1, anything else to fit it to the weight
+        gradient: of 1-bit weights, one of the slopes of `qbench.binary.Slope`
 
     Raises:
-        ValueError: bits out of range
+        ValueError: bits out of range, a gradient for more than one bit
 
     Reference: 1606.06160 Eq. 7 and 9
     """
@@ -153,10 +155,20 @@ class DoReFaWeight(Quantizer):
     scale: Tensor
 
     def __init__(
-        self, layer: nn.Module, site: str, *, bits: int, detach: bool = False, init: str | None = "scratch"
+        self,
+        layer: nn.Module,
+        site: str,
+        *,
+        bits: int,
+        detach: bool = False,
+        init: str | None = "scratch",
+        gradient: str | None = None,
     ) -> None:
         super().__init__()
         self.bits = check_bits(bits, 1, 16)
+        if gradient is not None and self.bits > 1:
+            raise ValueError(f"weight_gradient={gradient} is through the sign of 1-bit weights, and w_bits is {bits}")
+        self.slope = Slope(gradient or "identity")
         self.detach = detach
         self.init = init
         self.register_buffer("scale", torch.ones(()))
@@ -169,7 +181,8 @@ class DoReFaWeight(Quantizer):
 
     def quantize(self, x: Tensor) -> Tensor:
         if self.bits == 1:
-            return ops.straight_through(x, ops.sign_value(x) * x.abs().mean())
+            leaf = x if self.slope.kind == "identity" else x * self.slope(x)
+            return ops.straight_through(leaf, ops.sign_value(x) * x.abs().mean())
         return _DoReFaWeight.apply(x, self.levels - 1, self.scale, self.detach)  # type: ignore[no-any-return]
 
     @classmethod

@@ -9,11 +9,12 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from qbench import bits
+from qbench import bits, catalog
 from qbench.errors import UserError, unknown
 from qbench.recipe import KERNELS, KEYS, PRECISIONS, Recipe, merge
 
 PROTOCOLS = ("paper", "uniform")
+WORDS = {"h": "glorot", "alpha": "he", "s_warmup": "lr"}  # what some options take in place of a number
 SITES = ("weight", "input", "output", "error", "replace")
 FLOAT_METHOD: dict[str, Any] = {"name": "float", "w_bits": {"default": 32, "only": [32]}, "init": "scratch"}
 DEFAULTS = {f.name: f.default for f in fields(Recipe)}
@@ -94,6 +95,7 @@ def _check(config: Mapping[str, Any]) -> None:
         strange = set(config[part]) - set(KEYS)
         if strange:
             raise unknown(f"{part} option", sorted(strange)[0], KEYS)
+    _check_types(config["method"]["name"], config["options"])
     check = config["method"].get("check")
     if check:
         module, _, name = check.rpartition(".")
@@ -101,6 +103,23 @@ def _check(config: Mapping[str, Any]) -> None:
             getattr(importlib.import_module(module), name)(config["options"], config["w_bits"])
         except ValueError as error:
             raise NotApplicable(f"method={config['method']['name']}: {error}") from error
+
+
+def _check_types(method: str, options: Mapping[str, Any]) -> None:
+    """Of the options of our own methods: a truth value or a number where the default is one."""
+    for name, default in (catalog.options(method) if method in catalog.names("method") else {}).items():
+        value, word = options.get(name), WORDS.get(name)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if isinstance(default, bool):
+            right, allowed = isinstance(value, bool), "true or false"
+        elif isinstance(default, int):
+            right, allowed = value is None or (number and float(value).is_integer()), "a whole number"
+        elif isinstance(default, float):
+            right, allowed = number or value in (None, word), "a number" + (f" or {word}" if word else "")
+        else:
+            continue
+        if not right:
+            raise UserError(f"method={method}: options.{name} must be {allowed}, got {value!r}")
 
 
 def _without_float(rule: dict[str, Any]) -> dict[str, Any]:

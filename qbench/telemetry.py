@@ -24,6 +24,7 @@ class Telemetry:
       used:      codes in use, of all that the quantizer has
       saturated: latents whose gradient is below 1 % of the layer's largest: outside the surrogate's window, or pruned
       clipped:   latents that share the layer's lowest or highest value, as those do that a clip has cut
+    and scale: mean |w_hat| of the weights that are not quantized to 0, which for two and three levels is their scale
 
     Only the codes last seen are remembered; `state_dict` puts them into the checkpoint, so that a resumed run records
     what it would have recorded.
@@ -43,10 +44,11 @@ class Telemetry:
                 continue
             latent = layer.source().detach()
             with _evaluating(q):
-                codes = weight_codes(q.codes(latent))
-                histograms[name] = layer_histogram(latent, q(latent), codes, q.levels)
+                codes, value = weight_codes(q.codes(latent)), q(latent)
+                histograms[name] = layer_histogram(latent, value, codes, q.levels)
                 histograms[name]["latent"]["name"] = q.latent_name
                 measures[name] = self._measure(name, q, latent, codes, histograms[name]["codes"])
+                measures[name]["scale"] = float(value.float().abs().sum() / value.count_nonzero().clamp(min=1))
         if histograms:
             recorder.histograms(step, epoch, histograms)
             recorder.telemetry(step, epoch, measures)

@@ -32,7 +32,11 @@ PERCENT = {
     "saturated": "gradient below 1 % of the\nlargest (% of latents)",
     "clipped": "latents at a bound\n(% of latents)",
 }
-LABELS = {**PERCENT, "entropy": "entropy of codes\n(bits per weight)"}
+LABELS = {
+    **PERCENT,
+    "entropy": "entropy of codes\n(bits per weight)",
+    "scale": "mean |quantized weight|\n(zeros left out)",
+}
 ORDER = ("flips", "entropy", "used", "saturated", "clipped")
 NAMED = 6  # the legend names so many layers; more get a colour scale
 SHADES = ("0.7", "0.4", "0.0")  # first, middle and last record of a histogram

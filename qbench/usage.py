@@ -13,6 +13,7 @@ qbench: run quantization papers, and set the published numbers beside your own.
   qbench paper CARD|all [budget=short] [seeds=3]  run one or all, beside what was published
   qbench bench [check|page] [only=step/pact]      how fast it is here, as ratios
   qbench COMMAND --help                           more about list, table, eval, compare, paper, bench
+  qbench method=flexor --help                     a method's bits and options
 
 Options, as name=value (conf/config.yaml holds all of them):
   method= model= dataset= budget=       from the lists; budget: smoke, demo (default), short, paper

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from qbench import catalog
 from qbench.errors import UserError
 
 PACKAGE = Path(__file__).resolve().parent.parent / "qbench"
@@ -192,9 +193,21 @@ def test_every_command_has_help_of_its_own(flag: str, capsys: pytest.CaptureFixt
         for words in ([command, flag], [flag, command]):
             assert main(words) == 0
             assert capsys.readouterr().out.rstrip() == text.rstrip()
-    for words in ([flag], ["method=pact", flag]):
-        assert main(words) == 0
-        assert capsys.readouterr().out.rstrip() == USAGE.rstrip()
+    assert main([flag]) == 0
+    assert capsys.readouterr().out.rstrip() == USAGE.rstrip()
+
+
+def test_every_method_has_help_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    from qbench.cli import main
+
+    for method in catalog.names("method"):
+        for words in ([f"method={method}", "--help"], ["help", f"method={method}"]):
+            assert main(words) == 0
+            out = capsys.readouterr().out
+            assert [o for o in catalog.options(method) if f"\n  {o}: " not in out] in ([], ["kept"])
+            assert "bits of weights: " in out
+    assert main(["method=flexr", "--help"]) == 2
+    assert "Did you mean 'flexor'?" in capsys.readouterr().err
 
 
 def test_the_options_of_a_command_stand_in_its_help() -> None:

@@ -65,6 +65,13 @@ WORDS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("model.width=0",), ("model=tiny", "width", "positive", "0")),
     (("options.alpha=-1",), ("method=pact", "alpha", "above 0", "-1")),
     (("method=flexor", "options.s_doublings=0.5"), ("doublings", "a list of shares", "[0.75]", "got 0.5")),
+    (("method=xnor", "options.k=no"), ("options.k", "true or false", "got 'no'")),
+    (("method=irnet", "options.shift=2"), ("options.shift", "true or false", "got 2")),
+    (("method=ttq", "options.t=abc"), ("method=ttq", "options.t", "a number", "got 'abc'")),
+    (("method=ttq", "options.t=true"), ("options.t", "a number", "got True")),
+    (("method=fda_bnn", "options.k=1.5"), ("options.k", "a whole number", "got 1.5")),
+    (("method=bnn", "options.h=glorott"), ("options.h", "a number or glorot", "got 'glorott'")),
+    (("method=abcnet", "options.u=3"), ("method=abcnet", "shifts", "a list of numbers", "got 3")),
     (("method=bireal", "options.act_gradient=foo"), ("act_gradient", "polynomial", "got 'foo'")),
 ]
 

@@ -13,6 +13,7 @@ from qbench import layers, ops, surgery, telemetry_plots
 from qbench.binary import BinaryWeight
 from qbench.method import Rule
 from qbench.methods.flexor import FleXOR
+from qbench.methods.twn import TernaryWeight
 from qbench.quantizer import Codes, Quantizer
 from qbench.recorder import Recorder, read
 from qbench.telemetry import Telemetry, weight_codes
@@ -54,6 +55,7 @@ def test_measures_by_hand(tmp_path: Path) -> None:
         "used": 1.0,
         "saturated": 3 / 8,
         "clipped": 3 / 8,  # at 2.0; the lowest stands alone
+        "scale": 1.0,
     }
     weight = next(iter(layers.quant_layers(net)))[1].weight
     weight.data[0, :2] *= -1
@@ -62,7 +64,17 @@ def test_measures_by_hand(tmp_path: Path) -> None:
     assert (second["flips"], second["saturated"], second["clipped"]) == (2 / 8, 4 / 8, 4 / 8)
     weight.data.fill_(0.5)
     third = _measured(net, telemetry, tmp_path, 2)["0"]
-    assert third == {"flips": 2 / 8, "entropy": 0.0, "used": 0.5, "saturated": 0.0, "clipped": 1.0}
+    assert third == {"flips": 2 / 8, "entropy": 0.0, "used": 0.5, "saturated": 0.0, "clipped": 1.0, "scale": 1.0}
+
+
+def test_the_scale_of_two_and_three_levels_is_theirs(tmp_path: Path) -> None:
+    """mean|w| = .7 for two levels; of TWN's three, the mean of what lies beyond 0.75 mean|w| = .525."""
+    w = torch.tensor([[0.5, -0.3, 1.2, -0.8]])
+    for name, make, want in (("bwn", BinaryWeight, 0.7), ("twn", TernaryWeight, 1.0)):
+        net = nn.Sequential(nn.Linear(4, 1, bias=False))
+        surgery.quantize(net, [Rule(weight=lambda layer, site, make=make: make(layer, site))])
+        next(iter(layers.quant_layers(net)))[1].weight.data = w
+        assert _measured(net, Telemetry(), tmp_path / name)["0"]["scale"] == pytest.approx(want)
 
 
 def test_a_resumed_run_records_what_it_would_have(tmp_path: Path) -> None:

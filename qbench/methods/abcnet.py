@@ -22,6 +22,12 @@ def spread(count: int, bound: float) -> list[float]:
     return [0.0] if count == 1 else [bound * (2 * i / (count - 1) - 1) for i in range(count)]
 
 
+def _listed(shifts: Sequence[float] | None, among: Sequence[float]) -> list[float]:
+    if shifts is not None and not isinstance(shifts, Sequence):
+        raise ValueError(f"the shifts (u of weights, v of inputs) must be a list of numbers or null, got {shifts!r}")
+    return list(shifts or among)
+
+
 class BinaryBases(Quantizer):
     """w_hat = sum_m alpha_m B_m, B_m = sign(w - mean(w) + u_m std(w)), one set per layer; sign(0) = +1.
 
@@ -57,7 +63,7 @@ class BinaryBases(Quantizer):
     ) -> None:
         super().__init__()
         self.bits = check_bits(bits, 1, 8)
-        u = list(shifts or U.get((self.bits, inputs)) or spread(self.bits, 1.0))
+        u = _listed(shifts, U.get((self.bits, inputs)) or spread(self.bits, 1.0))
         if len(u) != self.bits:
             raise ValueError(f"w_bits={self.bits} needs {self.bits} shifts of weights, got {u}")
         self.slope = Slope(gradient)
@@ -126,7 +132,7 @@ class BinaryActivations(Quantizer):
     ) -> None:
         super().__init__()
         self.bits = check_bits(bits, 1, 8)
-        v = list(shifts or V.get((bases, self.bits)) or spread(self.bits, 1.5))
+        v = _listed(shifts, V.get((bases, self.bits)) or spread(self.bits, 1.5))
         if len(v) != self.bits:
             raise ValueError(f"a_bits={self.bits} needs {self.bits} shifts of inputs, got {v}")
         self.slope = Slope(gradient, clip=0.5)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qbench import ops
+from qbench.binary import Slope
 from qbench.layers import QuantLayer, quant_layers
 from qbench.method import Hook, State
 from qbench.quantizer import Codes, Quantizer, check_bits, check_choice
@@ -26,7 +27,8 @@ class BinaryConnect(Quantizer):
     """w_hat = +H or -H. Deterministic: +H where w >= 0. Stochastic: +H with probability p = clip((w/H + 1) / 2, 0, 1).
 
     The mean of the stochastic w_hat is clip(w, -H, H). The gradient with respect to w_hat goes to w unchanged; with
-    `clip_gradients` only where |w| <= H (the closed interval), as Alizadeh et al. (ICLR 2019) try. `Latents` clips w.
+    `clip_gradients` only where |w| <= H (the closed interval), as Alizadeh et al. (ICLR 2019) try; or times one of the
+    slopes of `Slope` at w / H, by `gradient`. `Latents` clips w.
 
     Stochastic weights are drawn anew for each batch of the training. What is evaluated is `evaluate`:
       binary: the deterministic weights, a net of 1 bit
@@ -55,11 +57,13 @@ class BinaryConnect(Quantizer):
         evaluate: str = "binary",
         h: float | str = 1.0,
         clip_gradients: bool = False,
+        gradient: str | None = None,
     ) -> None:
         super().__init__()
         self.bits = check_bits(bits, 1, 1)
+        self.slope = Slope(gradient or ("clipped" if clip_gradients else "identity"))
         self.evaluate = check_choice("evaluate", evaluate, EVALUATE)
-        self.stochastic, self.clip_gradients = stochastic, clip_gradients
+        self.stochastic = stochastic
         self.coefficient = glorot(layer)
         if h == "glorot":
             h = self.coefficient
@@ -78,9 +82,8 @@ class BinaryConnect(Quantizer):
         if self.stochastic and self.training:
             u = torch.rand(x.shape, generator=self.generator, device=x.device)
             hat = torch.where(u < (x / self.h + 1) / 2, 1.0, -1.0)  # u in [0, 1) does the clipping
-        if self.clip_gradients:
-            x = ops.clip(x, -self.h, self.h)
-        return ops.straight_through(x, self.h * hat)
+        leaf = x if self.slope.kind == "identity" else x * self.slope(x / self.h)
+        return ops.straight_through(leaf, self.h * hat)
 
     def codes(self, x: Tensor) -> Codes:
         """One plane of -1 and +1 with the coefficient H."""

@@ -17,8 +17,9 @@ class BinaryActivation(Sign):
     """x_hat = sign(x) in place of a ReLU, +1 at 0; stochastic: +1 with probability clip((x + 1) / 2, 0, 1), else -1.
 
     The gradient is that of hardtanh, 1[|x| <= 1] (Eq. 4), in both cases; 1 everywhere without `clip_gradients`, the
-    plain straight-through estimator of Alizadeh et al. Stochastic signs are for the training alone (Sec. 1.1), as in
-    the authors' Torch code; in evaluation the sign is deterministic. Any shape.
+    plain straight-through estimator of Alizadeh et al.; or one of the slopes of `Slope`, by `gradient`. Stochastic
+    signs are for the training alone (Sec. 1.1), as in the authors' Torch code; in evaluation the sign is deterministic.
+    Any shape.
 
     Errors: ValueError on bits other than 1.
     Reference: arXiv 1602.02830, Eq. 1, 2 and 4
@@ -32,8 +33,9 @@ class BinaryActivation(Sign):
         bits: float = 1,
         stochastic: bool = False,
         clip_gradients: bool = True,
+        gradient: str | None = None,
     ) -> None:
-        super().__init__(layer, site, bits=bits, gradient="clipped" if clip_gradients else "identity")  # type: ignore[arg-type]
+        super().__init__(layer, site, bits=bits, gradient=gradient or ("clipped" if clip_gradients else "identity"))  # type: ignore[arg-type]
         self.stochastic = stochastic
 
     def quantize(self, x: Tensor) -> Tensor:

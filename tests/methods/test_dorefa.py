@@ -174,6 +174,11 @@ def bit_planes(x: Tensor, y: Tensor, m: int, k: int) -> int:
     return sum((word(x, i) & word(y, j)).bit_count() << i + j for i in range(m) for j in range(k))
 
 
+def test_bit_planes_by_hand() -> None:
+    """(3, 1, 2) . (1, 3, 2) = 3 + 3 + 4."""
+    assert bit_planes(torch.tensor([3, 1, 2]), torch.tensor([1, 3, 2]), 2, 2) == 10
+
+
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 2**31))
 def test_bit_planes_give_the_real_product(w_bits: int, a_bits: int, seed: int) -> None:
     """w_hat . a_hat = step_w step_a (sum of planes - zero_w sum of a's codes)."""

@@ -42,6 +42,10 @@ def test_ten_terms_are_narrow_and_oscillate() -> None:
     want = [2 * sum(math.cos((2 * i + 1) * math.pi / 2 * x) for i in range(10)) for x in (0.05, 0.15)]
     assert t.grad[1:].flatten().tolist() == pytest.approx(want, rel=1e-3)
     assert want[1] < 0 < want[0]
+    zeros = torch.tensor([[0.1], [0.5], [1.0]], requires_grad=True)
+    sign(zeros).sum().backward()
+    assert zeros.grad is not None
+    assert zeros.grad.flatten().tolist() == pytest.approx([0, 0, 0], abs=1e-5)
 
 
 def test_gradient_with_the_noise_module() -> None:
