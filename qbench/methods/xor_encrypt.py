@@ -183,6 +183,7 @@ class PrunedCode(Quantizer):
         seeds, patches = encrypted.bits()
         mask, n = mask_bits(self.mask), weight.numel()
         parts = {"seed_bits": seeds / n, "patch_bits": patches / n, "mask_bits": mask / n}
+        parts["compression_ratio"] = self.bits * n / (seeds + patches + mask)
         self.counted = {**parts, "patches": int(encrypted.patches.sum()), "slices": len(bits)}
         return float(seeds + patches + mask), 32.0 * self.alpha.numel()
 
@@ -190,7 +191,8 @@ class PrunedCode(Quantizer):
         return {self.spec: float(self.spec.n_in * self.spec.n_out)}
 
     def describe(self) -> dict[str, Any]:
-        """Beside the usual: bits per weight of seeds, patches and mask, as `stored_bits` last counted them."""
+        """Beside the usual: bits per weight of seeds, patches and mask, as `stored_bits` last counted them, and the
+        compression ratio: `bits` a weight, as before encryption, to the sum of these three."""
         keys = ("n_in", "n_out", "matrix_seed", "rank", "duplicate_rows", "unused_inputs")
         wiring = {key: value for key, value in xor_spec.facts(self.spec).items() if key in keys}
         return super().describe() | wiring | {"planes": self.planes, "sparsity": self.sparsity} | self.counted

@@ -119,6 +119,7 @@ def test_bits_per_weight_of_a_layer() -> None:
     assert counted["seed_bits"] == pytest.approx(14 * 20 / 1152)
     assert codes / 1152 == pytest.approx(sum(counted[f"{part}_bits"] for part in ("seed", "patch", "mask")))
     assert counted["mask_bits"] < 0.5
+    assert counted["compression_ratio"] == pytest.approx(q.bits * 1152 / codes)
     size = surgery.size(nn.Sequential(layer))
     assert size["bits_per_weight"] == pytest.approx((codes + scales + 20 * 170) / 1152)
 
