@@ -169,4 +169,5 @@ def _histograms(figure: Any, card: Card, cells: Sequence[Cell]) -> None:
         panel.set_yticks([0, 1])
         if i == 0:
             panel.set_ylabel("frequency\n(peak = 1)")
-        panel.set_xlabel(f"{latent} of {card.figure.histogram}")
+        panel.locator_params(axis="x", nbins=4)
+    figure.supxlabel(f"{latent} of {card.figure.histogram}", fontsize=STYLE["axes.labelsize"])
