@@ -68,6 +68,10 @@ class Slope(nn.Module):
             return quantizer.fast.quantize(x, self.kernel())  # type: ignore[no-any-return]
         return ops.sign_with_slope(x, self(x))
 
+    def pass_through(self, x: Tensor, value: Tensor, unit: float = 1.0) -> Tensor:
+        """`value`, whatever sign it was made of, with the gradient of this slope at x / unit."""
+        return ops.straight_through(x if self.kind == "identity" else x * self(x / unit), value)
+
     def alike(self) -> Any:
         """What two slopes share if they are the same; t and terms are those of the whole net."""
         return self.kind, self.clip, self.omega

@@ -181,8 +181,7 @@ class DoReFaWeight(Quantizer):
 
     def quantize(self, x: Tensor) -> Tensor:
         if self.bits == 1:
-            leaf = x if self.slope.kind == "identity" else x * self.slope(x)
-            return ops.straight_through(leaf, ops.sign_value(x) * x.abs().mean())
+            return self.slope.pass_through(x, ops.sign_value(x) * x.abs().mean())
         return _DoReFaWeight.apply(x, self.levels - 1, self.scale, self.detach)  # type: ignore[no-any-return]
 
     @classmethod

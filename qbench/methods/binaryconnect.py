@@ -82,8 +82,7 @@ class BinaryConnect(Quantizer):
         if self.stochastic and self.training:
             u = torch.rand(x.shape, generator=self.generator, device=x.device)
             hat = torch.where(u < (x / self.h + 1) / 2, 1.0, -1.0)  # u in [0, 1) does the clipping
-        leaf = x if self.slope.kind == "identity" else x * self.slope(x / self.h)
-        return ops.straight_through(leaf, self.h * hat)
+        return self.slope.pass_through(x, self.h * hat, self.h)
 
     def codes(self, x: Tensor) -> Codes:
         """One plane of -1 and +1 with the coefficient H."""
