@@ -24,6 +24,8 @@ SINGLE: list[
 ] = []  # what a single run came to: hydra.main returns nothing, and prints errors its own way
 OWN_CONF = ("--config-dir", "-cd")
 FLAGS_WITH_VALUE = (*OWN_CONF, "--config-name", "-cn", "--config-path", "-cp", "--package", "-p", "--cfg", "-c")
+SWITCHES = ("--multirun", "-m", "--resolve", "--info", "-i", "--run", "-r", "--hydra-help", "--shell-completion", "-sc")
+FLAGS = (*ASKING[1:], *FLAGS_WITH_VALUE, *SWITCHES, "--experimental-rerun")  # Hydra's
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -136,10 +138,12 @@ def _evaluate(args: list[str]) -> int:
 
 
 def split(args: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(flags, overrides) of a command line."""
+    """(flags, overrides) of a command line. Errors: UserError on a flag that Hydra does not have."""
     flags, overrides, rest = [], [], iter(args)
     for arg in rest:
         if arg.startswith("-"):
+            if (flag := arg.partition("=")[0]) not in FLAGS:
+                raise unknown("flag", flag, FLAGS)
             flags.append(arg)
             if arg in FLAGS_WITH_VALUE:
                 flags.append(next(rest, ""))

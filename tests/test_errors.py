@@ -98,6 +98,21 @@ def test_an_unknown_command_names_the_commands(cli: Cli) -> None:
     refused(said, "'tabel'", "Did you mean 'table'?", "compare")
 
 
+def test_an_unknown_flag_names_the_flags(cli: Cli) -> None:
+    for flag, right in (("--hepl", "--help"), ("--multi", "--multirun")):
+        said = cli("method=pact", flag)
+        assert said.status == 2
+        refused(said, f"'{flag}'", f"Did you mean '{right}'?", "--config-dir")
+
+
+def test_every_flag_of_hydra_is_known() -> None:
+    from hydra._internal.utils import get_args_parser
+
+    from qbench.cli import FLAGS
+
+    assert {*get_args_parser()._option_string_actions} - {*FLAGS} == {"--version"}  # which is ours
+
+
 def test_a_gpu_that_is_not_there(tiny: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     refused(tiny("device=cuda"), "device=cuda", "no GPU", "device=cpu")
