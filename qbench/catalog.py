@@ -32,7 +32,12 @@ def aliases() -> dict[str, str]:
 
 def options(method: str) -> dict[str, Any]:
     """{name: default} of what a method, or the one that an alias points to, offers as options.NAME."""
-    return dict(_read("method", aliases().get(method, method)).get("options", {}))
+    return dict(_read("method", _target(method)).get("options", {}))
+
+
+def _target(method: str) -> str:
+    """The method that an alias points to; any other is itself."""
+    return remark("method", method, "alias") or method
 
 
 def _read(group: str, name: str) -> dict[str, Any]:
@@ -69,7 +74,7 @@ def about(method: str) -> str:
     """What `qbench method=... --help` prints: the paper, and the options as their YAML explains them."""
     if method not in names("method"):
         raise unknown("method", method, names("method"))
-    name = aliases().get(method, method)
+    name = _target(method)
     found = _read("method", name)["method"]
     paper = f" (arXiv {found['arxiv']})" if found.get("arxiv") else ""
     lines = [f"method={name}: {found['summary']}", f"  {found['title']}{paper}"]
