@@ -14,6 +14,6 @@ def load(run: "str | PathLike[str]") -> "Module":
     """The trained, quantized net of a finished run (its folder in outputs/), in eval mode."""
     from pathlib import Path
 
-    from qbench.finished import rebuild
+    from qbench.training.finished import rebuild
 
     return rebuild(Path(run))

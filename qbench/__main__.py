@@ -2,7 +2,7 @@
 
 import sys
 
-from qbench.cli import main
+from qbench.cli.command import main
 
 if __name__ == "__main__":
     sys.exit(main())

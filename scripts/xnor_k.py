@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 import qbench
-from qbench import cli
+from qbench.cli import command
 from qbench.data import load
-from qbench.layers import quant_layers
 from qbench.methods.xnor import XnorLayer
-from qbench.report import read_config
-from qbench.run import Run, make_batches
+from qbench.quant.layers import quant_layers
+from qbench.records import read_config
+from qbench.training.run import Run, make_batches
 
 paper = XnorLayer.input_scale  # K [N, 1, H, W]
 
@@ -50,7 +50,7 @@ VARIANTS: dict[str, Callable[[XnorLayer, Tensor], Tensor]] = {f.__name__: f for 
 def train(variant: str, words: list[str]) -> int:
     """Train as the command line does; a folder of its own, since the configuration does not tell the variants apart."""
     XnorLayer.input_scale = VARIANTS[variant]  # type: ignore[method-assign,assignment]
-    return cli.main(["method=xnor", *words, f"out=outputs/{variant}"])
+    return command.main(["method=xnor", *words, f"out=outputs/{variant}"])
 
 
 @torch.no_grad()

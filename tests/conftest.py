@@ -45,7 +45,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 @pytest.fixture
 def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Said]:
     """cli(*words): `qbench *words` in this process, in an empty folder; relative `out` folders lie in it."""
-    from qbench.cli import main
+    from qbench.cli.command import main
 
     monkeypatch.chdir(tmp_path)
 

@@ -10,30 +10,28 @@ from pathlib import Path
 
 import pytest
 
-from qbench import catalog
+from qbench.config import catalog
 from qbench.errors import UserError
 
 PACKAGE = Path(__file__).resolve().parent.parent / "qbench"
 FILES = sorted(PACKAGE.rglob("*.py"))
-LEAVES = ("errors", "ops", "ranges", "quantizer", "files", "recipe", "bits", "screen")
-# Modules that a command without computing may load: torch takes seconds.
-LIGHT = (
-    "errors",
-    "catalog",
-    "cli",
-    "overrides",
-    "cards",
-    "bits",
-    "recipe",
-    "resolve",
-    "report",
-    "screen",
-    "source",
-    "files",
-    "xor_spec",
-    "sweep",
-    "usage",
-)
+LEAVES = ("errors", "files", "screen", "quant.ops", "quant.ranges", "quant.quantizer", "config.recipe", "config.bits")
+# Rooms and modules that a command without computing may load: torch takes seconds.
+LIGHT = ("config", "cli", "papers", "errors", "files", "records", "screen", "figures.report", "methods.shared.xor_spec")
+# What each room may import, beside errors, files, records and itself.
+ROOMS: dict[str, set[str]] = {
+    "config": set(),
+    "quant": set(),
+    "methods": {"quant"},
+    "models": set(),
+    "data": set(),
+    "kernels": {"quant", "models", "config", "data"},
+    "figures": {"training"},
+    "training": {"config", "quant", "kernels", "data", "figures", "screen"},
+    "papers": {"config", "figures", "training"},
+    "bench": {"config", "quant", "kernels", "models", "data", "training", "figures", "cli", "screen"},
+    "cli": {"config", "figures", "training", "papers", "bench", "screen"},
+}
 
 
 def name_of(path: Path) -> str:
@@ -81,23 +79,19 @@ def test_nothing_in_the_core_knows_a_paper() -> None:
     assert not {n: u for n, used in core.items() if (u := {x for x in used if x.startswith("qbench.methods")})}
 
 
-def test_methods_use_the_core_alone() -> None:
-    allowed = {
-        "ops",
-        "ranges",
-        "quantizer",
-        "quantizers",
-        "uniform",
-        "layers",
-        "method",
-        "hooks",
-        "errors",
-        "xor_spec",
-        "binary",
-    }
+@pytest.mark.parametrize("room", sorted(p.name for p in PACKAGE.iterdir() if (p / "__init__.py").is_file()))
+def test_a_room_knows_only_those_it_may(room: str) -> None:
+    for name, used in graph(everywhere=True).items():
+        if name.startswith(f"qbench.{room}"):
+            rooms = {u.split(".")[1] for u in used} - {room, "errors", "files", "records"}
+            assert rooms <= ROOMS[room], f"{name}: {sorted(rooms - ROOMS[room])}"
+
+
+def test_a_method_knows_no_other_method_but_what_is_shared() -> None:
     for name, used in graph(everywhere=True).items():
         if name.startswith("qbench.methods."):
-            assert {u.removeprefix("qbench.") for u in used} <= allowed, name
+            others = {u for u in used if u.startswith("qbench.methods.") and not u.startswith("qbench.methods.shared")}
+            assert not others, f"{name}: {others}"
 
 
 @pytest.mark.parametrize("leaf", LEAVES)
@@ -116,9 +110,11 @@ def test_only_build_instantiates() -> None:
     assert users == ["build.py"]
 
 
-@pytest.mark.parametrize("name", LIGHT)
-def test_light_modules_import_no_torch(name: str) -> None:
-    todo, seen = [f"qbench.{name}"], set()
+@pytest.mark.parametrize("room", LIGHT)
+def test_light_modules_import_no_torch(room: str) -> None:
+    todo = [n for n in NAMES if n == f"qbench.{room}" or n.startswith(f"qbench.{room}.")]
+    assert todo
+    seen: set[str] = set()
     edges = graph(everywhere=False)
     while todo:
         module = todo.pop()
@@ -157,7 +153,7 @@ def test_answers_that_need_no_torch_do_not_load_it(words: tuple[str, ...], statu
     code = (
         "import sys\n"
         f"sys.path.insert(0, {str(PACKAGE.parent)!r})\n"
-        "from qbench.cli import main\n"
+        "from qbench.cli.command import main\n"
         "status = main(sys.argv[1:])\n"
         "heavy = {'torch', 'torchvision', 'matplotlib', 'sklearn', 'tensorboard'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
@@ -178,15 +174,15 @@ def test_answers_that_need_no_torch_do_not_load_it(words: tuple[str, ...], statu
 
 
 def test_help_names_every_command() -> None:
-    from qbench.usage import HELP, USAGE
+    from qbench.cli.usage import HELP, USAGE
 
     assert not [c for c in HELP if f"qbench {c}" not in USAGE]
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h", "help"])
 def test_every_command_has_help_of_its_own(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
-    from qbench.cli import main
-    from qbench.usage import HELP, USAGE
+    from qbench.cli.command import main
+    from qbench.cli.usage import HELP, USAGE
 
     for command, text in HELP.items():
         assert text.startswith(f"qbench {command}")
@@ -198,7 +194,7 @@ def test_every_command_has_help_of_its_own(flag: str, capsys: pytest.CaptureFixt
 
 
 def test_every_method_has_help_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
-    from qbench.cli import main
+    from qbench.cli.command import main
 
     for method in catalog.names("method"):
         for words in ([f"method={method}", "--help"], ["help", f"method={method}"]):
@@ -212,8 +208,8 @@ def test_every_method_has_help_of_its_own(capsys: pytest.CaptureFixture[str]) ->
 
 def test_the_options_of_a_command_stand_in_its_help() -> None:
     from qbench.bench.command import OPTIONS
-    from qbench.study import OPTIONS as PAPER
-    from qbench.usage import HELP
+    from qbench.cli.usage import HELP
+    from qbench.papers.study import OPTIONS as PAPER
 
     assert not [o for o in OPTIONS if o != "debug" and f"{o}=" not in HELP["bench"]]
     assert not [o for o in PAPER if f"{o}=" not in HELP["paper"]]
@@ -223,7 +219,7 @@ def test_the_options_of_a_command_stand_in_its_help() -> None:
 def test_a_method_that_is_not_whole_is_named(
     field: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qbench import catalog
+    from qbench.config import catalog
 
     (tmp_path / "method").mkdir()
     (tmp_path / "method" / "odd.yaml").write_text(f"method: {{name: odd, title: Odd, summary: odd, {field}}}\n")
@@ -233,7 +229,7 @@ def test_a_method_that_is_not_whole_is_named(
 
 
 def test_list_shows_everything_that_conf_holds() -> None:
-    from qbench import catalog
+    from qbench.config import catalog
 
     text = catalog.listing()
     for group in catalog.GROUPS:

@@ -14,18 +14,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qbench import bits, catalog, checkpoint, evaluation, optim, surgery, trainer
-from qbench.build import make_method, make_model, quantize
+from qbench.cli.overrides import compose
+from qbench.config import bits, catalog
+from qbench.config.recipe import Recipe
+from qbench.config.resolve import parent_of, resolve
 from qbench.data import load
-from qbench.layers import QuantLayer, quant_layers, quantized_weights
-from qbench.method import Method
 from qbench.models.resnet import ResNetCIFAR
-from qbench.overrides import compose
-from qbench.quantizer import Quantizer
-from qbench.recipe import Recipe
-from qbench.resolve import parent_of, resolve
-from qbench.run import Run, make_batches
+from qbench.quant import surgery
+from qbench.quant.layers import QuantLayer, quant_layers, quantized_weights
+from qbench.quant.method import Method
+from qbench.quant.quantizer import Quantizer
 from qbench.screen import Screen
+from qbench.training import checkpoint, evaluation, optim, trainer
+from qbench.training.build import make_method, make_model, quantize
+from qbench.training.run import Run, make_batches
 
 FILES = sorted((catalog.conf_folder() / "method").glob("*.yaml"))
 NAMES = [path.stem for path in FILES if path.stem not in catalog.aliases()]

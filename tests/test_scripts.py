@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from qbench.binary import Sign
+from qbench.methods.shared.binary import Sign
 from qbench.methods.xnor import XnorLayer
 
 ROOT = Path(__file__).resolve().parent.parent

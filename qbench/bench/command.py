@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
-from qbench import catalog, device
 from qbench.bench import gpu, memory, page, peers, speed, whole
 from qbench.bench.setting import Setting, use_kernels
 from qbench.bench.timing import Entry
+from qbench.cli.usage import HELP
+from qbench.config import catalog
 from qbench.errors import UserError, nearest, unknown
 from qbench.files import atomic_write
-from qbench.usage import HELP
+from qbench.training import device
 
 SHORT = (
     "float/*", "step/pact", "step/lsq", "step/dorefa", "step/flexor", "memory/*", "data/augment", "start/help",

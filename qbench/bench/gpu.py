@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qbench import device
 from qbench.bench.setting import Setting, forget, stock_step, trainer, trains, use_kernels
 from qbench.bench.timing import Act, Entry, alternate, compared
-from qbench.captured import WARM
 from qbench.data import Batches, Split
 from qbench.errors import UserError
-from qbench.trainer import Trainer
+from qbench.training import device
+from qbench.training.captured import WARM
+from qbench.training.trainer import Trainer
 
 METHODS = ("float", "pact", "lsq", "dorefa", "flexor", "qat", "xnor", "twn")
 SIDE = (1, 2, 4, 8)  # runs at once

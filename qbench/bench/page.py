@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from qbench import catalog
+from qbench.config import catalog
 
 Entry = Mapping[str, Any]
 HEAD = """\

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from qbench.bench.setting import images, plain_step
-from qbench.build import make_model, place_net
+from qbench.training.build import make_model, place_net
 
 Peer = tuple[Callable[[], None], int, str]  # step, bits, version
 BITS = 4

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qbench import device, evaluation
-from qbench.build import make_method, make_model, place_net, quantize
+from qbench.cli.overrides import resolve_row
+from qbench.config.recipe import Recipe
 from qbench.data import DataSet, load
 from qbench.models.parts import ShortcutA
-from qbench.overrides import resolve_row
-from qbench.recipe import Recipe
-from qbench.run import Run, make_batches
 from qbench.screen import Screen
-from qbench.trainer import Trainer
+from qbench.training import device, evaluation
+from qbench.training.build import make_method, make_model, place_net, quantize
+from qbench.training.run import Run, make_batches
+from qbench.training.trainer import Trainer
 
 STEPS = 1_000_000  # of the pretended training: it stands at 90 %, where whatever a method switches on is on
 TIERS = {"cpp": "compiler"}  # how the page calls the tiers of qbench.kernels

@@ -7,7 +7,6 @@ from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
 
-from qbench import catalog, device, precision
 from qbench.bench import peers
 from qbench.bench.setting import (
     Setting,
@@ -19,10 +18,12 @@ from qbench.bench.setting import (
     use_kernels,
 )
 from qbench.bench.timing import Act, Entry, alternate, compared
-from qbench.build import make_model
+from qbench.config import catalog
+from qbench.config.resolve import NotApplicable
 from qbench.data import load
 from qbench.errors import UserError
-from qbench.resolve import NotApplicable
+from qbench.training import device, precision
+from qbench.training.build import make_model
 
 FORMATS = {"nchw": False, "channels_last": True}
 QUICK = ("float", "pact", "lsq", "dorefa")

@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from qbench import device
 from qbench.bench.setting import Setting, stock_step, trainer
 from qbench.bench.timing import Act, Entry, alternate, ratio
 from qbench.data import Batches, Split, Stream, StreamBatches
 from qbench.data.folders import decode, decode_all
 from qbench.errors import UserError
-from qbench.recorder import Recorder
-from qbench.trainer import LOGS_PER_EPOCH
+from qbench.training import device
+from qbench.training.recorder import Recorder
+from qbench.training.trainer import LOGS_PER_EPOCH
 
 CIFAR_STEPS = 390  # full batches of 128 in an epoch of 50,000
 DIGITS = (
@@ -36,10 +36,10 @@ DIGITS = (
 # Runs the command line up to the first training step.
 FIRST_STEP = """
 import os, sys
-from qbench import cli
-import qbench.trainer
-qbench.trainer.Trainer._step = lambda self, x, y: os._exit(0)
-cli.main(sys.argv[1:])
+from qbench.cli import command
+import qbench.training.trainer
+qbench.training.trainer.Trainer._step = lambda self, x, y: os._exit(0)
+command.main(sys.argv[1:])
 sys.exit(1)
 """
 

@@ -10,8 +10,8 @@ import torch
 from qbench.data.cache import Splits, cache_folder, cached, fingerprint, locked
 from qbench.data.folders import find_images, read_images
 from qbench.data.splits import Split
+from qbench.data.torchvision_loader import torchvision
 from qbench.errors import UserError
-from qbench.torchvision_loader import torchvision
 
 # name -> torchvision's class, and the files below `root` that it reads.
 ORIGINALS = {

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 from qbench.data.batching import Batches, Layout, Normalize, generator, order_of
 from qbench.data.folders import find_images
 from qbench.data.splits import Source, Split, Stream
+from qbench.data.torchvision_loader import torchvision
 from qbench.errors import UserError
-from qbench.torchvision_loader import torchvision
 
 STREAM_AUGMENTATIONS = ("none", "resized_crop_flip")
 

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 
-from qbench import ops, quantizer
+from qbench.config.recipe import KERNELS
 from qbench.kernels import build
 from qbench.kernels.backend import ENTRIES, Backend, address, openmp_threads
 from qbench.kernels.formulas import Formulas
 from qbench.kernels.functions import Fast
 from qbench.kernels.fuse import fuse
-from qbench.recipe import KERNELS
+from qbench.quant import ops, quantizer
 
 __all__ = ["available", "fuse", "tier", "use", "using"]
 log = logging.getLogger(__name__)

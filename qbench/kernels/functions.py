@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from qbench.kernels.backend import ACTIVATIONS, KINDS, ROWS, SUMS, Args, Backend
-from qbench.quantizer import Kernel
+from qbench.quant.quantizer import Kernel
 
 INF = math.inf
 TINY = 1e-45  # the smallest float32 above 0

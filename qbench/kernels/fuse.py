@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from qbench import quantizer
 from qbench.kernels.backend import KINDS
 from qbench.kernels.functions import fused, takes
-from qbench.layers import QuantLayer
 from qbench.models.parts import Add
-from qbench.quantizer import Kernel
+from qbench.quant import quantizer
+from qbench.quant.layers import QuantLayer
+from qbench.quant.quantizer import Kernel
 
 RELUS = {nn.ReLU: Kernel("relu", math.inf), nn.ReLU6: Kernel("relu", 6.0)}
 

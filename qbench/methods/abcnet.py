@@ -6,10 +6,10 @@ from functools import reduce
 import torch
 from torch import Tensor, nn
 
-from qbench import ops, quantizer
-from qbench.binary import Slope
-from qbench.layers import QuantLayer
-from qbench.quantizer import Codes, Quantizer, check_bits
+from qbench.methods.shared.binary import Slope
+from qbench.quant import ops, quantizer
+from qbench.quant.layers import QuantLayer
+from qbench.quant.quantizer import Codes, Quantizer, check_bits
 
 # Table S4, for ResNet-18, by (M, N), where it is not even from -1 to 1 (u, Eq. 4) or from -1.5 to 1.5 (v). The paper is
 # silent on other pairs.

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qbench import ops
-from qbench.binary import Slope, mean_magnitude
-from qbench.layers import QuantLayer
-from qbench.quantizer import Codes, Quantizer, check_bits
+from qbench.methods.shared.binary import Slope, mean_magnitude
+from qbench.quant import ops
+from qbench.quant.layers import QuantLayer
+from qbench.quant.quantizer import Codes, Quantizer, check_bits
 
 
 class SignWeight(Quantizer):

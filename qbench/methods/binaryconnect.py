@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qbench import ops
-from qbench.binary import Slope
-from qbench.layers import QuantLayer, quant_layers
-from qbench.method import Hook, State
-from qbench.quantizer import Codes, Quantizer, check_bits, check_choice
+from qbench.methods.shared.binary import Slope
+from qbench.quant import ops
+from qbench.quant.layers import QuantLayer, quant_layers
+from qbench.quant.method import Hook, State
+from qbench.quant.quantizer import Codes, Quantizer, check_bits, check_choice
 
 EVALUATE = ("binary", "real")
 

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from qbench import ops
-from qbench.binary import Sign
-from qbench.quantizer import Kernel
+from qbench.methods.shared.binary import Sign
+from qbench.quant import ops
+from qbench.quant.quantizer import Kernel
 
 
 class BinaryActivation(Sign):

@@ -1,4 +1,4 @@
-"""DoReFa-Net, activations and gradients (arXiv 1606.06160); its weights are qbench.quantizers.DoReFaWeight."""
+"""DoReFa-Net, activations and gradients (arXiv 1606.06160); its weights are in shared/dorefa_weight.py."""
 
 from typing import Any
 
@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from qbench import ops
-from qbench.quantizer import Codes, Kernel, Quantizer, check_bits, check_choice
+from qbench.quant import ops
+from qbench.quant.quantizer import Codes, Kernel, Quantizer, check_bits, check_choice
 
 
 @ops.formula

@@ -4,11 +4,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qbench import ops, quantizer
-from qbench.binary import Slope
-from qbench.layers import QuantLayer
-from qbench.method import Hook, State
-from qbench.quantizer import Codes, Kernel, Quantizer, check_bits, check_choice
+from qbench.methods.shared.binary import Slope
+from qbench.quant import ops, quantizer
+from qbench.quant.layers import QuantLayer
+from qbench.quant.method import Hook, State
+from qbench.quant.quantizer import Codes, Kernel, Quantizer, check_bits, check_choice
 
 SHORTCUTS = {"none": torch.zeros_like, "linear": lambda t: t, "sine": torch.sin}
 

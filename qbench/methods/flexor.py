@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qbench import ops, xor_spec
-from qbench.layers import QuantLayer, quant_layers
-from qbench.method import Hook, State
-from qbench.quantizer import Codes, Quantizer, check_choice
-from qbench.xor_spec import XorSpec
+from qbench.methods.shared import xor_spec
+from qbench.methods.shared.xor_spec import XorSpec
+from qbench.quant import ops
+from qbench.quant.layers import QuantLayer, quant_layers
+from qbench.quant.method import Hook, State
+from qbench.quant.quantizer import Codes, Quantizer, check_choice
 
 MODES = ("flexor", "ste", "analog")
 

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor, nn
 
-from qbench import quantizer, ranges
-from qbench.layers import QuantLayer, quant_layers
-from qbench.method import Hook, State
-from qbench.quantizer import Kernel, Quantizer, check_choice
-from qbench.uniform import UniformGrid
+from qbench.quant import quantizer, ranges
+from qbench.quant.layers import QuantLayer, quant_layers
+from qbench.quant.method import Hook, State
+from qbench.quant.quantizer import Kernel, Quantizer, check_choice
+from qbench.quant.uniform import UniformGrid
 
 
 class Weight(UniformGrid):

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from qbench import ops
-from qbench.quantizer import Codes, Kernel, Quantizer, check_bits, check_choice
+from qbench.quant import ops
+from qbench.quant.quantizer import Codes, Kernel, Quantizer, check_bits, check_choice
 
 SMALLEST = 1e-6  # the step is read as at least this: the optimizer may carry it to 0 or below
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from qbench import ops
-from qbench.quantizer import Codes, Kernel, Quantizer, check_bits
+from qbench.quant import ops
+from qbench.quant.quantizer import Codes, Kernel, Quantizer, check_bits
 
 SMALLEST = 1e-3  # alpha is read as at least this: its decay may pull it to 0, and a step of 0 divides by 0
 PAPER = 10.0  # the initial alpha of the paper's Figure 2

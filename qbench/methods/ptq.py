@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from qbench.layers import QuantLayer
+from qbench.quant.layers import QuantLayer
 
 
 def fold(layer: nn.Conv2d | nn.Linear, site: str, pair: nn.Module | None = None) -> QuantLayer:

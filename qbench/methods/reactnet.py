@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-from qbench.binary import Slope
-from qbench.layers import QuantLayer
-from qbench.method import Hook, State
-from qbench.quantizer import Kernel, Quantizer, check_bits
+from qbench.methods.shared.binary import Slope
+from qbench.quant.layers import QuantLayer
+from qbench.quant.method import Hook, State
+from qbench.quant.quantizer import Kernel, Quantizer, check_bits
 
 
 def _shaped(values: Tensor, x: Tensor) -> Tensor:

@@ -5,11 +5,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-from qbench import ops
-from qbench.binary import Sign, Slope
-from qbench.layers import QuantLayer
-from qbench.method import Hook, State
-from qbench.quantizer import Codes, Kernel, Quantizer, check_bits, check_choice
+from qbench.methods.shared.binary import Sign, Slope
+from qbench.quant import ops
+from qbench.quant.layers import QuantLayer
+from qbench.quant.method import Hook, State
+from qbench.quant.quantizer import Codes, Kernel, Quantizer, check_bits, check_choice
 
 QUANTILES = ("laplace", "empirical")
 SCALES = ("mean", "learned")

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from qbench.layers import QuantLayer, quant_layers
-from qbench.method import Hook, State
-from qbench.quantizer import Codes, Quantizer, check_bits
+from qbench.quant.layers import QuantLayer, quant_layers
+from qbench.quant.method import Hook, State
+from qbench.quant.quantizer import Codes, Quantizer, check_bits
 
 
 def tail_mean(a: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from qbench.layers import QuantLayer, quant_layers
-from qbench.method import Hook, State
-from qbench.quantizer import Codes, Quantizer, check_bits, check_choice
+from qbench.quant.layers import QuantLayer, quant_layers
+from qbench.quant.method import Hook, State
+from qbench.quant.quantizer import Codes, Quantizer, check_bits, check_choice
 
 STARTS = ("one", "mean")
 

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qbench import ops
-from qbench.layers import QuantLayer
-from qbench.quantizer import Codes, Quantizer, check_bits, check_choice
+from qbench.quant import ops
+from qbench.quant.layers import QuantLayer
+from qbench.quant.quantizer import Codes, Quantizer, check_bits, check_choice
 
 RULES = ("mean", "max", "optimal")
 GRANULARITIES = ("filter", "layer")

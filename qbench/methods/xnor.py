@@ -4,9 +4,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qbench.binary import BinaryWeight
-from qbench.layers import QuantLayer, quant_layers
-from qbench.method import Hook, State
+from qbench.methods.shared.binary import BinaryWeight
+from qbench.quant.layers import QuantLayer, quant_layers
+from qbench.quant.method import Hook, State
 
 
 class XnorLayer(QuantLayer):

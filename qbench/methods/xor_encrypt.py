@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qbench import xor_spec
-from qbench.layers import QuantLayer
-from qbench.quantizer import Codes, Quantizer, check_bits
-from qbench.xor_spec import XorSpec
+from qbench.methods.shared import xor_spec
+from qbench.methods.shared.xor_spec import XorSpec
+from qbench.quant.layers import QuantLayer
+from qbench.quant.quantizer import Codes, Quantizer, check_bits
 
 ROUNDS = 10  # of the alternating fit; a plane or two settle in three
 MOST_INPUTS = 62  # an equation is kept in one integer: its inputs and its right-hand side

@@ -17,8 +17,8 @@ from conftest import write_images, zip_folder
 from PIL import Image
 
 from qbench.data import Split, load
+from qbench.data.torchvision_loader import torchvision
 from qbench.errors import UserError
-from qbench.torchvision_loader import torchvision
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 

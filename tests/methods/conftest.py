@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from qbench import layers
-from qbench.method import Method, State
+from qbench.quant import layers
+from qbench.quant.method import Method, State
 
 Look = Callable[[State], None]
 

@@ -7,10 +7,10 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qbench import layers, surgery
-from qbench.method import Method
 from qbench.methods.abcnet import BinaryActivations, BinaryBases, spread
 from qbench.models.resnet import ResNetCIFAR
+from qbench.quant import layers, surgery
+from qbench.quant.method import Method
 
 W = torch.tensor([[-1.0, -0.5, 0.0, 0.2, 0.4, 0.9]])  # mean 0, std .613732 with n in its denominator
 

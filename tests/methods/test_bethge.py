@@ -6,10 +6,10 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from qbench import surgery
-from qbench.method import Method
 from qbench.methods.bethge import SignWeight
 from qbench.models.resnet import ResNetCIFAR
+from qbench.quant import surgery
+from qbench.quant.method import Method
 
 W = torch.tensor([[1.3, -1.31, 0.0], [0.2, -0.3, -0.4]])
 

@@ -11,12 +11,13 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qbench import layers, optim, surgery
-from qbench.layers import QuantLayer
-from qbench.method import State
+from qbench.config.recipe import OPTIMIZERS, Recipe
 from qbench.methods.binaryconnect import BinaryConnect, Latents, OutputNorm, glorot
 from qbench.models.tiny import Tiny
-from qbench.recipe import OPTIMIZERS, Recipe
+from qbench.quant import layers, surgery
+from qbench.quant.layers import QuantLayer
+from qbench.quant.method import State
+from qbench.training import optim
 
 
 def make(**options: object) -> BinaryConnect:

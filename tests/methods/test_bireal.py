@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from qbench import layers, ops, surgery
-from qbench.binary import SLOPES, AnnealSlope, BinarizeWeightsAfter, BinaryWeight, HardTanh, Sign, Slope
-from qbench.method import Method, State
+from qbench.methods.shared.binary import SLOPES, AnnealSlope, BinarizeWeightsAfter, BinaryWeight, HardTanh, Sign, Slope
 from qbench.models.resnet import ResNetCIFAR
+from qbench.quant import layers, ops, surgery
+from qbench.quant.method import Method, State
 
 X = torch.tensor([-1.5, -1.0, -0.75, -0.25, 0.0, 0.5, 1.0, 2.0])
 

@@ -6,14 +6,15 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import nn
 
-from qbench import layers, optim, surgery
-from qbench.method import Method, State
+from qbench.config.recipe import Recipe
 from qbench.methods.binaryconnect import BinaryConnect, OutputNorm
 from qbench.methods.bnn import BinaryActivation, ShiftAdaMax, ShiftBatchNorm, ap2
 from qbench.models.mlp import MLP
 from qbench.models.resnet import ResNetCIFAR
 from qbench.models.vgg_small import VGGSmall
-from qbench.recipe import Recipe
+from qbench.quant import layers, surgery
+from qbench.quant.method import Method, State
+from qbench.training import optim
 
 X = [-1.5, -1.0, -0.2, 0.0, 0.4, 1.0, 2.0]
 

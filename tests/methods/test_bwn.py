@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from qbench import surgery
-from qbench.binary import BinaryWeight, Sign
+from qbench.methods.shared.binary import BinaryWeight, Sign
 from qbench.models.resnet import ResNetCIFAR
+from qbench.quant import surgery
 
 
 def _gradient(mode: str, w: Tensor, g: Tensor) -> Tensor:

@@ -8,12 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from qbench.layers import QuantLayer
-from qbench.method import Rule
 from qbench.methods.dorefa import DoReFaActivation, DoReFaError
+from qbench.methods.shared.dorefa_weight import DoReFaWeight
 from qbench.models.tiny import Tiny
-from qbench.quantizers import DoReFaWeight
-from qbench.surgery import quantize
+from qbench.quant.layers import QuantLayer
+from qbench.quant.method import Rule
+from qbench.quant.surgery import quantize
 
 W = torch.tensor([-1.0, -0.3, 0.1, 0.6])
 A = torch.tensor([0.1, 0.4, 0.5, 0.9])

@@ -8,10 +8,10 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from qbench import layers, surgery
-from qbench.method import Method, State
 from qbench.methods.fda_bnn import Fade, FourierInput, FourierSign, FourierWeight, Noise, PReLU
 from qbench.models.resnet import ResNetCIFAR
+from qbench.quant import layers, surgery
+from qbench.quant.method import Method, State
 
 
 def fda_bnn(**options: object) -> Method:

@@ -10,13 +10,14 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qbench import layers, surgery, xor_spec
-from qbench.method import Rule, State
+from qbench.config.recipe import Recipe
 from qbench.methods.flexor import FleXOR, Sharpness, decode, wiring_tensor
+from qbench.methods.shared import xor_spec
+from qbench.methods.shared.xor_spec import XorSpec
 from qbench.models.lenet import LeNet5
 from qbench.models.resnet import ResNetCIFAR
-from qbench.recipe import Recipe
-from qbench.xor_spec import XorSpec
+from qbench.quant import layers, surgery
+from qbench.quant.method import Rule, State
 
 M = torch.tensor([[1.0, 1, 0], [1, 0, 1], [0, 1, 1], [1, 1, 1]])[None]
 X = torch.tensor([0.02, -0.05, 0.10])[None, None]

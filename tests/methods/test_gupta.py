@@ -7,11 +7,11 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from qbench.layers import quant_layers
-from qbench.method import Method, State
 from qbench.models.lenet import LeNet5
-from qbench.quantizer import Quantizer
-from qbench.surgery import quantize
+from qbench.quant.layers import quant_layers
+from qbench.quant.method import Method, State
+from qbench.quant.quantizer import Quantizer
+from qbench.quant.surgery import quantize
 
 
 def method(bits: int = 16, **options: object) -> Method:

@@ -8,11 +8,11 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from qbench import surgery
-from qbench.binary import HardTanh, Slope
-from qbench.method import Method, State
 from qbench.methods.irnet import LibraWeight, standardize
+from qbench.methods.shared.binary import HardTanh, Slope
 from qbench.models.resnet import ResNetCIFAR
+from qbench.quant import surgery
+from qbench.quant.method import Method, State
 
 W = torch.tensor([[0.5, -0.3, 0.1, 0.9], [0.0, 0.0, -3.0, -1.0]])
 

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from qbench.layers import QuantLayer
-from qbench.method import Rule
 from qbench.methods.lsq import LSQ, SMALLEST
 from qbench.models.tiny import Tiny
-from qbench.surgery import activation_quantizers, quantize
+from qbench.quant.layers import QuantLayer
+from qbench.quant.method import Rule
+from qbench.quant.surgery import activation_quantizers, quantize
 
 V = torch.tensor([-0.9, -0.28, 0.12, 0.26, 0.8])
 

@@ -8,12 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from qbench.layers import QuantLayer
-from qbench.method import Rule
 from qbench.methods.pact import PACT, SMALLEST
+from qbench.methods.shared.dorefa_weight import DoReFaWeight
 from qbench.models.resnet import ResNetCIFAR
-from qbench.quantizers import DoReFaWeight
-from qbench.surgery import quantize
+from qbench.quant.layers import QuantLayer
+from qbench.quant.method import Rule
+from qbench.quant.surgery import quantize
 
 X = torch.tensor([-0.4, 0.2, 0.5, 0.9, 1.7])
 

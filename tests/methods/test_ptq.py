@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qbench import evaluation, surgery
-from qbench.layers import QuantLayer, quant_layers
-from qbench.method import Rule
 from qbench.methods.ptq import fold
 from qbench.models.resnet import ResNetCIFAR
 from qbench.models.tiny import Tiny
-from qbench.uniform import Uniform
+from qbench.quant import surgery
+from qbench.quant.layers import QuantLayer, quant_layers
+from qbench.quant.method import Rule
+from qbench.quant.uniform import Uniform
+from qbench.training import evaluation
 
 torch.set_num_threads(1)
 

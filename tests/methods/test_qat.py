@@ -9,16 +9,18 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
-from qbench import build, evaluation, resolve, surgery
+from qbench.config import resolve
 from qbench.errors import UserError
-from qbench.hooks import EnableAfter
-from qbench.layers import quantized_weights
-from qbench.method import Method, State
 from qbench.methods.jacob import Activation, FoldedLayer, FreezeStatistics, Quantized, Weight
 from qbench.models.mobilenet import MobileNetV2
 from qbench.models.parts import Add
 from qbench.models.tiny import Tiny
-from qbench.surgery import activation_quantizers
+from qbench.quant import surgery
+from qbench.quant.hooks import EnableAfter
+from qbench.quant.layers import quantized_weights
+from qbench.quant.method import Method, State
+from qbench.quant.surgery import activation_quantizers
+from qbench.training import build, evaluation
 
 torch.set_num_threads(1)
 

@@ -7,14 +7,14 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.nn import functional as F
 
-from qbench import layers, surgery
-from qbench.hooks import Distill
-from qbench.method import Method, State
+from qbench.config.recipe import Recipe
 from qbench.methods.reactnet import RPReLU, RSign, TeacherAlone
 from qbench.models.resnet import ResNetCIFAR
 from qbench.models.vgg_small import VGGSmall
-from qbench.optim import criterion
-from qbench.recipe import Recipe
+from qbench.quant import layers, surgery
+from qbench.quant.hooks import Distill
+from qbench.quant.method import Method, State
+from qbench.training.optim import criterion
 
 
 def reactnet(**options: object) -> Method:

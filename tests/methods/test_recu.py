@@ -8,10 +8,10 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from qbench import surgery
-from qbench.method import Method, State
 from qbench.methods.recu import RaiseTau, ReCUInput, ReCUWeight
 from qbench.models.resnet import ResNetCIFAR
+from qbench.quant import surgery
+from qbench.quant.method import Method, State
 
 W = torch.tensor([[0.1, -0.2, 0.3, -2.0], [0.0, 0.5, -0.5, 0.4]])  # mean|w| = .5
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from qbench.binary import SLOPES, Slope
-from qbench.build import make_method, make_model, quantize
-from qbench.layers import quant_layers
+from qbench.cli.overrides import resolve_row
 from qbench.methods.binaryconnect import BinaryConnect
 from qbench.methods.bnn import BinaryActivation
-from qbench.overrides import resolve_row
-from qbench.quantizers import DoReFaWeight
+from qbench.methods.shared.binary import SLOPES, Slope
+from qbench.methods.shared.dorefa_weight import DoReFaWeight
+from qbench.quant.layers import quant_layers
+from qbench.training.build import make_method, make_model, quantize
 
 BINARY = ["abcnet", "bethge", "binaryconnect", "bireal", "bnn", "bwn", "dorefa", "fda_bnn", "irnet", "reactnet"]
 BINARY += ["recu", "xnor"]

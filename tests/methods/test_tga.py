@@ -9,10 +9,10 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qbench import layers, surgery
-from qbench.method import State
 from qbench.methods.tga import TGA, TakeTurns, tail_mean
 from qbench.models.tiny import Tiny
+from qbench.quant import layers, surgery
+from qbench.quant.method import State
 
 
 def make(delta: float | None = None, **options: object) -> TGA:

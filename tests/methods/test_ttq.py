@@ -9,10 +9,10 @@ from omegaconf import OmegaConf
 from torch import nn
 from torch.nn import functional as F
 
-from qbench import layers, surgery
-from qbench.method import State
 from qbench.methods.ttq import TTQ, PositiveScales
 from qbench.models.resnet import ResNetCIFAR
+from qbench.quant import layers, surgery
+from qbench.quant.method import State
 
 W = torch.tensor([0.9, -0.2, 0.05, -0.6, 0.3, -0.01])
 

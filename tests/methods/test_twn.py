@@ -11,9 +11,9 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qbench import layers, surgery
 from qbench.methods.twn import TernaryWeight
 from qbench.models.resnet import ResNetCIFAR
+from qbench.quant import layers, surgery
 
 W = torch.tensor([[0.9, -0.2, 0.05, -0.6, 0.3, -0.01]])
 

@@ -7,13 +7,13 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qbench import layers, surgery
-from qbench.binary import BinaryWeight, Sign
-from qbench.method import Method, State
+from qbench.methods.shared.binary import BinaryWeight, Sign
 from qbench.methods.xnor import CenterAndClamp, XnorLayer
 from qbench.models.resnet import ResNetCIFAR
 from qbench.models.tiny import Tiny
 from qbench.models.vgg_small import VGGSmall
+from qbench.quant import layers, surgery
+from qbench.quant.method import Method, State
 
 IMAGE = torch.tensor([[[1.0, -2, 0.5], [0, 1, -1], [2, -1, 3]], [[-1.0, 0, 0.5], [2, -1, 1], [0, 1, -1]]])[None]
 

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from qbench import layers, surgery, xor_spec
 from qbench.methods import xor_encrypt
+from qbench.methods.shared import xor_spec
+from qbench.methods.shared.xor_spec import XorSpec
 from qbench.methods.xor_encrypt import Encrypted, PrunedCode, decrypt, encrypt, mask_bits
 from qbench.models.resnet import ResNetCIFAR
-from qbench.xor_spec import XorSpec
+from qbench.quant import layers, surgery
 
 
 def _bools(*rows: str) -> Tensor:

@@ -1,0 +1,1 @@
+"""The command line: its words, checked name by name, what --help says, and sweeps."""

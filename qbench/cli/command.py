@@ -1,0 +1,285 @@
+"""The command line: answers at once what needs no computing, hands runs and sweeps to Hydra. Only runs import torch."""
+
+import json
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qbench.cli.overrides import check, check_options, forced, parse, resolve_row
+from qbench.cli.usage import HELP, USAGE
+from qbench.config import catalog
+from qbench.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+COMMANDS = (*HELP, "help")
+ASKING = ("help", "-h", "--help")
+SINGLE: list[
+    int | BaseException
+] = []  # what a single run came to: hydra.main returns nothing, and prints errors its own way
+OWN_CONF = ("--config-dir", "-cd")
+FLAGS_WITH_VALUE = (*OWN_CONF, "--config-name", "-cn", "--config-path", "-cp", "--package", "-p", "--cfg", "-c")
+SWITCHES = ("--multirun", "-m", "--resolve", "--info", "-i", "--run", "-r", "--hydra-help", "--shell-completion", "-sc")
+FLAGS = (*ASKING[1:], *FLAGS_WITH_VALUE, *SWITCHES, "--experimental-rerun")  # Hydra's
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line; returns the exit status."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    debug = any(a.strip().lower() in ("debug=true", "debug=1") for a in args)
+    try:
+        return _dispatch(args)
+    except UserError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"qbench: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("qbench: stopped. The same command goes on from the last checkpoint.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        if debug:
+            raise
+        print(f"qbench: {_unexpected(error)}", file=sys.stderr)
+        return 1
+
+
+def _unexpected(error: BaseException) -> str:
+    if isinstance(error, OSError):
+        return f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+    return f"unexpected {type(error).__name__}: {error} (debug=true shows where)"
+
+
+def _dispatch(args: list[str]) -> int:
+    if not args or args[0] in ASKING or any(a in ASKING[1:] for a in args) or args[1:] == ["help"]:
+        of = next((a for a in args if a not in ASKING), "")
+        method = of.removeprefix("method=")
+        print(catalog.about(method) if method != of else HELP.get(of, USAGE))
+        return 0
+    if args[0] == "--version":
+        from qbench import __version__
+
+        print(f"qbench {__version__}")
+        return 0
+    if args[0] == "list":
+        print(catalog.listing())
+        return 0
+    if args[0] in ("table", "compare"):
+        return _table(args[1:]) if args[0] == "table" else _compare(args[1:])
+    if args[0] == "eval":
+        return _evaluate(args[1:])
+    if args[0] == "paper":
+        from qbench.papers import study
+
+        return study.command(args[1:], resolve_row)
+    if args[0] == "bench":
+        from qbench import bench
+
+        return bench.main(args[1:])
+    if "=" not in args[0] and not args[0].startswith("-"):
+        raise unknown("command", args[0], COMMANDS)
+    return _hydra(args)
+
+
+def _table(args: list[str]) -> int:
+    from qbench.figures import report
+    from qbench.records import read_results
+
+    if len(args) > 1:
+        raise UserError(f"qbench table takes one folder, got {len(args)}")
+    results = read_results(Path(args[0] if args else "outputs"))
+    print(report.table(results))
+    return 0
+
+
+def _compare(args: list[str]) -> int:
+    from qbench.figures import report
+
+    if len(args) != 2:
+        raise UserError(f"qbench compare takes two run folders, got {len(args)}")
+    print(report.compare(Path(args[0]), Path(args[1])))
+    return 0
+
+
+def _evaluate(args: list[str]) -> int:
+    if not args:
+        raise UserError("qbench eval takes a run folder or a checkpoint, and options for a plain checkpoint")
+    path, overrides = Path(args[0]), args[1:]
+    folder = path if path.is_dir() else path.parent
+    if not path.exists():
+        raise UserError(f"no such run or checkpoint: {path}")
+    if (folder / "config.yaml").is_file() and (path.is_dir() or path.name == "model.pt"):
+        given = {o.key_or_group: o.value() for o in parse(overrides)}
+        strange = [key for key in given if not key.startswith("dataset.")]
+        if strange:
+            raise UserError(f"a run is evaluated as it was trained; only dataset.* may be set, got {strange[0]}")
+        from qbench.figures.report import percent
+        from qbench.training.finished import evaluate
+
+        result, loss, accuracy = evaluate(folder, {k.removeprefix("dataset."): v for k, v in given.items()})
+        recorded = percent(result.get("accuracy_last"))
+        print(f"{folder}: accuracy {accuracy:.2f} %, loss {loss:.4f} (recorded: {recorded} %)")
+        return 0
+    if path.is_dir():
+        raise UserError(f"{path} is not a finished run: it has no config.yaml")
+    config = resolve_row(["method=float", *overrides])
+    from qbench.training.finished import evaluate_checkpoint
+
+    loss, accuracy = evaluate_checkpoint(config, path)
+    print(f"{path}: accuracy {accuracy:.2f} %, loss {loss:.4f} (float {config['model']['name']})")
+    return 0
+
+
+def split(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(flags, overrides) of a command line. Errors: UserError on a flag that Hydra does not have."""
+    flags, overrides, rest = [], [], iter(args)
+    for arg in rest:
+        if arg.startswith("-"):
+            if (flag := arg.partition("=")[0]) not in FLAGS:
+                raise unknown("flag", flag, FLAGS)
+            flags.append(arg)
+            if arg in FLAGS_WITH_VALUE:
+                flags.append(next(rest, ""))
+        else:
+            overrides.append(arg)
+    return flags, overrides
+
+
+def _hydra(args: list[str]) -> int:
+    flags, overrides = split(args)
+    sweep = any(f in ("-m", "--multirun") for f in flags)
+    own_conf = any(f.partition("=")[0] in OWN_CONF for f in flags)
+    if not own_conf:
+        check(overrides, sweep)
+        overrides = forced(overrides) if sweep else overrides
+    import hydra
+
+    from qbench.cli.sweep import table, workers
+
+    run: Callable[[], Any] = hydra.main(
+        config_path=str(catalog.conf_folder()), config_name="config", version_base="1.3"
+    )(job)
+    sys.argv = ["qbench", *flags, *overrides]  # argparse wants flags first
+    if not sweep:
+        run()
+        outcome = SINGLE.pop() if SINGLE else 0
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+    with tempfile.TemporaryDirectory(prefix="qbench-sweep-") as folder:
+        os.environ["QBENCH_SWEEP"] = folder
+        try:
+            with workers(overrides):
+                run()
+        finally:
+            del os.environ["QBENCH_SWEEP"]
+            status = table(Path(folder))
+    return status
+
+
+def job(config: "DictConfig") -> int | float:
+    """One run, for Hydra: the exit status alone, the objective (test accuracy of the last epoch) in a sweep."""
+    from qbench.config.resolve import NotApplicable, resolve
+
+    folder = os.environ.get("QBENCH_SWEEP")
+    # joblib ends a worker that grew by 300 MB, as if it leaked; ours keep freed memory on purpose (training/device.py).
+    if executor := sys.modules.get("joblib.externals.loky.process_executor"):
+        executor._MAX_MEMORY_LEAK_SIZE = sys.maxsize  # type: ignore[attr-defined]
+    debug = bool(config.debug)
+    if folder is None:
+        try:
+            SINGLE.append(_one(resolve(config)))
+        except BaseException as error:
+            SINGLE.append(error)
+        return 0
+    from hydra.core.hydra_config import HydraConfig
+
+    at = HydraConfig.get()
+    note: dict[str, Any] = {"overrides": [o.removeprefix("++") for o in at.overrides.task], "status": "done"}
+    print(f"\n[{at.job.num + 1}] {' '.join(note['overrides'])}", flush=True)
+    bits = config.bits or "/".join(str(config[k] or "-") for k in ("w_bits", "a_bits"))
+    names = [config[group].name for group in ("method", "model", "dataset", "budget")]
+    note["cells"] = [names[0], str(bits), *names[1:]]
+    try:
+        check_options(at.runtime.choices["method"], at.overrides.task)
+        note |= _cell(resolve(config))
+    except NotApplicable as error:
+        note |= {"status": "n/a", "error": str(error)}
+    except Exception as error:
+        from qbench.training.interrupt import Interrupted
+
+        if isinstance(error, Interrupted):
+            print(f"qbench: {error}", file=sys.stderr)
+            raise KeyboardInterrupt from error
+        if debug:
+            traceback.print_exc()
+        text = str(error) if isinstance(error, UserError) else _unexpected(error)
+        note |= {"status": "failed", "error": text}
+    if "error" in note:
+        print(f"  {note['status']}: {note['error']}", flush=True)
+    from qbench.files import atomic_write
+
+    atomic_write(Path(folder) / f"{at.job.num:05d}.json", json.dumps(note))
+    return float((note.get("result") or {}).get("accuracy_last") or float("nan"))
+
+
+def _cell(config: dict[str, Any]) -> dict[str, Any]:
+    """A run of a sweep, or its plan; returns what there is to note."""
+    if config["plan"]:
+        _plan(config)
+        return {"status": "planned"}
+    from qbench.training.run import execute
+
+    result = execute(config)
+    if result.get("reused"):
+        print(f"  skipped, done before: {result['accuracy_last']} %")
+    return {"result": result}
+
+
+def _one(config: dict[str, Any]) -> int:
+    """A single run; returns the exit status."""
+    if config["plan"]:
+        _plan(config)
+        return 0
+    from qbench.figures.report import tell
+    from qbench.training.interrupt import Interrupted
+    from qbench.training.run import execute
+
+    try:
+        result = execute(config)
+    except Interrupted as error:
+        print(f"qbench: {error}", file=sys.stderr)
+        return 130
+    if result.get("reused"):
+        tell(Path(result["folder"]), result, print)
+    return 0
+
+
+def _plan(config: dict[str, Any]) -> None:
+    """Print what a run would do."""
+    import yaml
+
+    from qbench.screen import clock
+    from qbench.training import finished
+
+    plan = finished.plan(config)
+    print(yaml.safe_dump(json.loads(json.dumps(plan["config"])), sort_keys=False))
+    for site in ("weights", "activations", "errors"):
+        for name, entry in plan["manifest"][site].items():
+            what = (
+                entry.get("why") or entry.get("part_of") or f"{entry.get('levels')} levels, {entry.get('granularity')}"
+            )
+            print(f"{site:<12} {name:<40} {entry.get('bits', 32):>5} bits  {what}")
+    size = plan["manifest"]["size"]
+    print(f"\n{size['bits_per_weight']:.2f} bits per quantized weight, {size['bytes']:,} bytes in all")
+    print(f"folder: {plan['folder']}")
+    parent = f" + {plan['parent_steps']} for the float parent" if plan["parent_steps"] else ""
+    print(f"{plan['steps']} steps{parent}: about {clock(plan['seconds'])} of training on this machine")

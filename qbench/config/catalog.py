@@ -1,0 +1,111 @@
+"""What conf/ holds, read without Hydra or torch: names, one line each, where a paper is."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qbench.errors import UserError, unknown
+
+GROUPS = ("method", "model", "dataset", "budget")
+FAMILIES = ("float", "ptq", "qat", "fixed-point", "binary", "flexor")
+
+
+def conf_folder() -> Path:
+    """conf/ beside the package (a checkout) or inside it (an installed wheel)."""
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "conf", package.parent / "conf"):
+        if (folder / "config.yaml").is_file():
+            return folder
+    raise FileNotFoundError(f"no conf/ in or beside {package}")
+
+
+def names(group: str) -> list[str]:
+    """What a configuration group offers, aliases included."""
+    return sorted(path.stem for path in (conf_folder() / group).glob("*.yaml"))
+
+
+def aliases() -> dict[str, str]:
+    """{alias: method} of the method files that only point to another one."""
+    return {name: target for name in names("method") if (target := remark("method", name, "alias"))}
+
+
+def options(method: str) -> dict[str, Any]:
+    """{name: default} of what a method, or the one that an alias points to, offers as options.NAME."""
+    return dict(_read("method", _target(method)).get("options", {}))
+
+
+def _target(method: str) -> str:
+    """The method that an alias points to; any other is itself."""
+    return remark("method", method, "alias") or method
+
+
+def _read(group: str, name: str) -> dict[str, Any]:
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    return dict(yaml.load((conf_folder() / group / f"{name}.yaml").read_text(), loader))
+
+
+def methods() -> list[dict[str, Any]]:
+    """The `method` node of every method that is not an alias, by family."""
+    skip = aliases()
+    found = []
+    for name in names("method"):
+        if name not in skip:
+            method = _read("method", name)["method"]
+            missing = [k for k in ("name", "title", "family", "summary") if not method.get(k)]
+            if missing:
+                raise UserError(f"{name}.yaml: method.{missing[0]} is missing")
+            if method["family"] not in FAMILIES:
+                raise unknown(f"method.family in {name}.yaml", method["family"], FAMILIES)
+            found.append(method)
+    return sorted(found, key=lambda m: (FAMILIES.index(m["family"]), m["name"]))
+
+
+def remark(group: str, name: str, word: str) -> str:
+    """What a line `# word: ...` (or `word: ...`) of a YAML says; empty where there is none."""
+    for line in (conf_folder() / group / f"{name}.yaml").read_text().splitlines():
+        text = line.lstrip("# ")
+        if text.startswith(f"{word}:"):
+            return text.removeprefix(f"{word}:").strip()
+    return ""
+
+
+def about(method: str) -> str:
+    """What `qbench method=... --help` prints: the paper, and the options as their YAML explains them."""
+    if method not in names("method"):
+        raise unknown("method", method, names("method"))
+    name = _target(method)
+    found = _read("method", name)["method"]
+    paper = f" (arXiv {found['arxiv']})" if found.get("arxiv") else ""
+    lines = [f"method={name}: {found['summary']}", f"  {found['title']}{paper}"]
+    for word, of in (("w_bits", "weights"), ("a_bits", "activations")):
+        bits = found[word]
+        allowed = " or ".join(map(str, bits["only"])) if "only" in bits else f"{bits['lo']} to {bits['hi']}"
+        default = "" if allowed == str(bits["default"]) else f", {bits['default']} by default"
+        lines.append(f"  {word}=   bits of {of}: {allowed}{default}")
+    _, _, text = (conf_folder() / "method" / f"{name}.yaml").read_text().partition("\noptions:")
+    text = text.partition("\n  kept:")[0].strip("\n")
+    own = (
+        f"Options, as options.NAME=value, with their defaults:\n  {text.strip()}"
+        if text
+        else "It has no options of its own."
+    )
+    return "\n".join([*lines, "", own])
+
+
+def listing() -> str:
+    """What `qbench list` prints."""
+    lines = ["METHODS (method=)"]
+    family = None
+    for method in methods():
+        if method["family"] != family:
+            family = method["family"]
+            lines.append(f"  {family}")
+        paper = f"  [arXiv {method['arxiv']}]" if method.get("arxiv") else ""
+        lines.append(f"    {method['name']:<13} {method.get('summary', '')}{paper}")
+        lines.append(f"    {'':<13} {method['title']}")
+    lines.append("  aliases: " + ", ".join(f"{a} = {m}" for a, m in aliases().items()))
+    for group, title in (("model", "MODELS"), ("dataset", "DATA SETS"), ("budget", "BUDGETS")):
+        lines += ["", f"{title} ({group}=)"]
+        lines += [f"  {name:<14} {remark(group, name, 'description')}" for name in names(group)]
+    return "\n".join(lines)

@@ -1,0 +1,134 @@
+"""Hooks that two papers or more use."""
+
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from qbench.errors import UserError
+from qbench.quant.layers import quant_layers
+from qbench.quant.method import Factory, Hook, State
+from qbench.quant.quantizer import Quantizer
+from qbench.quant.surgery import activation_quantizers
+
+
+class Distill(Hook):
+    """Add a distillation term from the float parent (arXiv 1503.02531).
+
+    loss += weight * T^2 * KL(softmax(teacher/T) || softmax(logits/T)); T^2 keeps the gradient's size independent of T.
+    """
+
+    def __init__(self, weight: float = 1.0, temperature: float = 1.0) -> None:
+        super().__init__()
+        if weight < 0 or temperature <= 0:
+            raise ValueError(
+                f"distillation needs weight >= 0 and temperature > 0, got weight={weight}, temperature={temperature}"
+            )
+        self.weight, self.temperature = weight, temperature
+
+    def loss(self, state: State) -> Tensor | None:
+        if state.teacher is None or state.inputs is None or state.logits is None:
+            return None
+        t = self.temperature
+        with torch.no_grad():
+            target = F.log_softmax(state.teacher(state.inputs).float() / t, dim=1)
+        student = F.log_softmax(state.logits.float() / t, dim=1)
+        return self.weight * t * t * F.kl_div(student, target, reduction="batchmean", log_target=True)
+
+
+class EnableAfter(Hook):
+    """Keep activations in float for the first part of the training, then quantize them.
+
+    A function of the step alone, so that a resumed run needs no state. Ranges that follow the training batches follow
+    them from the start. Evaluations during the delay are those of the net as it stands: float activations.
+
+    Args:
+        share: of the training steps, at least 0 and below 1; 0 is no delay
+        steps: optimizer steps; where given, in place of `share`
+        match: glob on the names of the activation quantizers
+
+    Raises:
+        ValueError: share or steps out of range
+        UserError: the delay is as long as the training, or `match` matches nothing
+
+    Reference: 1712.05877 Sec. 3.1 (50 000 to 2 million steps)
+    """
+
+    def __init__(self, share: float = 0.0, steps: int | None = None, match: str = "*") -> None:
+        super().__init__()
+        if not 0 <= share < 1:
+            raise ValueError(f"the share of the training before activations are quantized must be in 0..1, got {share}")
+        if steps is not None and (isinstance(steps, bool) or steps != int(steps) or steps < 0):
+            raise ValueError(f"steps before activations are quantized must be a whole number >= 0, got {steps}")
+        self.share, self.steps, self.match = share, steps, match
+        self.found: list[Quantizer] | None = None
+
+    def before_train(self, state: State) -> None:
+        if 0 < state.steps <= (self.steps or 0):
+            raise UserError(
+                f"activations would be quantized after {self.steps} steps, but the training has {state.steps}; "
+                "make the delay shorter or the training longer"
+            )
+        quantizers = activation_quantizers(state.model)
+        if quantizers and not self._chosen(quantizers):
+            raise UserError(f"EnableAfter: '{self.match}' matches none of: {', '.join(quantizers)}")
+        self.found = None
+        self.before_step(state)
+
+    def before_step(self, state: State) -> None:
+        first = self.share * state.steps if self.steps is None else self.steps
+        if self.found is None:  # looking for them takes milliseconds
+            self.found = self._chosen(activation_quantizers(state.model))
+        for q in self.found:
+            q.enabled = state.step >= first
+
+    def _chosen(self, quantizers: dict[str, Quantizer]) -> list[Quantizer]:
+        return [q for name, q in quantizers.items() if fnmatchcase(name, self.match)]
+
+
+class QuantizeUpdate(Hook):
+    """Keep the stored weights and biases of quantized layers on a grid: no float copy outlives an optimizer step.
+
+    After each step w = Q(w) for the weight (the latent) and bias of every QuantLayer; also before the first step, so
+    that training starts on the grid. With nearest rounding an update below half a step is lost for good; with
+    stochastic rounding it happens with the right probability. Batch-norm's scale, shift and statistics and the
+    parameters of quantizers stay in float.
+
+    Args:
+        quantizer: factory of Q, called with (this hook, 'update')
+        grad: factory of a quantizer for dL/dw and dL/db, called with (this hook, 'grad'); None leaves them in float
+        momentum: also put the optimizer's state (momentum, moments) on Q's grid
+
+    Reference: 1502.02551 Sec. 3
+    """
+
+    def __init__(self, quantizer: Factory, grad: Factory | None = None, momentum: bool = False) -> None:
+        super().__init__()
+        self.quantizer = quantizer(self, "update")
+        self.grad_quantizer = None if grad is None else grad(self, "grad")
+        self.momentum = momentum
+
+    def _stored(self, state: State) -> list[Tensor]:
+        return [p for _, layer in quant_layers(state.model) for p in (layer.weight, layer.bias) if p is not None]
+
+    @torch.no_grad()
+    def before_train(self, state: State) -> None:
+        for p in self._stored(state):
+            p.copy_(self.quantizer(p))
+
+    @torch.no_grad()
+    def after_backward(self, state: State) -> None:
+        if self.grad_quantizer is not None:
+            for p in self._stored(state):
+                if p.grad is not None:
+                    p.grad.copy_(self.grad_quantizer(p.grad))
+
+    @torch.no_grad()
+    def after_step(self, state: State) -> None:
+        for p in self._stored(state):
+            p.copy_(self.quantizer(p))
+            if self.momentum and state.optimizer is not None:
+                for value in state.optimizer.state.get(p, {}).values():
+                    if isinstance(value, Tensor) and value.shape == p.shape:
+                        value.copy_(self.quantizer(value))

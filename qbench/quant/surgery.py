@@ -1,0 +1,184 @@
+"""Turn a float net into a quantized one by rules; say what became of every tensor."""
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from qbench.quant.layers import QuantLayer, quant_layers
+from qbench.quant.method import Rule
+from qbench.quant.quantizer import Quantizer
+
+
+def _is_kind(module: nn.Module, kind: str) -> bool:
+    return any(fnmatchcase(type(module).__name__, k) for k in kind.split("|"))
+
+
+class _Tracer(fx.Tracer):
+    """Sees every module without children as one node, ours (Add) as well as torch's."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return super().is_leaf_module(m, module_qualified_name) or not any(True for _ in m.children())
+
+
+def pairs(model: nn.Module) -> dict[str, str]:
+    """{producer: consumer} for modules whose output only one other module reads, from the traced graph."""
+    graph = _Tracer().trace(model)
+    found = {}
+    for node in graph.nodes:
+        if node.op == "call_module" and len(node.users) == 1:
+            user = next(iter(node.users))
+            if user.op == "call_module":
+                found[str(node.target)] = str(user.target)
+    return found
+
+
+def channels(model: nn.Module) -> dict[str, int]:
+    """{module: channels of its output}, from the traced graph: those of the last layer up to it that has any."""
+    found: dict[str, int] = {}
+    for node in _Tracer().trace(model).nodes:
+        if node.op == "call_module":
+            module = model.get_submodule(str(node.target))
+            own = [getattr(module, a) for a in ("out_channels", "out_features", "num_features") if hasattr(module, a)]
+            before = [found[str(n.target)] for n in node.all_input_nodes if str(n.target) in found]
+            if own or before:
+                found[str(node.target)] = (own or before)[0]
+    return found
+
+
+def matches(model: nn.Module, rules: Sequence[Rule]) -> dict[str, Rule]:
+    """{module name: the first rule that matches it}; a rule that matches nothing at all is an error.
+
+    Errors: ValueError that names the rule and lists the candidates of its kind.
+    """
+    modules = {name: m for name, m in model.named_modules() if name}
+    consumers = pairs(model) if any(r.pair for r in rules) else {}
+    chosen: dict[str, Rule] = {}
+    for rule in rules:
+        names = [n for n, m in modules.items() if _is_kind(m, rule.kind)]
+        hits = {"@first": names[:1], "@last": names[-1:]}.get(rule.match)
+        if hits is None:
+            hits = [n for n in names if fnmatchcase(n, rule.match)]
+        if rule.pair:
+            hits = [n for n in hits if n in consumers and _is_kind(modules[consumers[n]], rule.pair)]
+        if not hits and not rule.optional:
+            shown = ", ".join(names[:30]) or "none"
+            raise ValueError(f"rule '{rule.match}' (kind {rule.kind}) matches nothing; candidates: {shown}")
+        for name in hits:
+            chosen.setdefault(name, rule)
+    return chosen
+
+
+def quantize(model: nn.Module, rules: Sequence[Rule]) -> dict[str, str]:
+    """Apply `rules` to `model` in place; return {module name: reason} for what a rule keeps."""
+    chosen = matches(model, rules)
+    consumers = pairs(model) if any(r.pair for r in rules) else {}
+    counts = channels(model) if any(r.channels for r in rules) else {}
+    kept = {}
+    for name, rule in chosen.items():
+        if rule.keep is not None:
+            kept[name] = rule.keep
+            continue
+        module = model.get_submodule(name)
+        if rule.replace is not None and rule.pair:
+            new = rule.replace(module, "replace", pair=model.get_submodule(consumers[name]))
+            model.set_submodule(consumers[name], nn.Identity())
+        elif rule.replace is not None:
+            new = rule.replace(module, "replace", **({"channels": counts[name]} if rule.channels else {}))
+        else:
+            new = QuantLayer(module)  # type: ignore[arg-type]
+        if isinstance(new, QuantLayer):
+            _fill(new, rule)
+        model.set_submodule(name, new)
+    return kept
+
+
+def _fill(layer: QuantLayer, rule: Rule) -> None:
+    """Attach the rule's quantizers; each factory is called with the layer and the site's name."""
+    if rule.input is not None:
+        layer.input_quantizer = rule.input(layer, "input")
+    if rule.output is not None:
+        layer.output_quantizer = rule.output(layer, "output")
+    if rule.error is not None:
+        layer.error_quantizer = rule.error(layer, "error")
+    if rule.weight is not None:
+        layer.set_weight_quantizer(rule.weight(layer, "weight"))
+
+
+def activation_quantizers(model: nn.Module) -> dict[str, Quantizer]:
+    """{name: quantizer} of all that see activations: input and output slots, and those in place of a ReLU."""
+    other = {id(q) for _, m in quant_layers(model) for q in (m.weight_quantizer, m.error_quantizer) if q is not None}
+    nested = {id(c) for m in model.modules() if isinstance(m, Quantizer) for c in m.modules() if c is not m}
+    return {
+        name: m
+        for name, m in model.named_modules()
+        if isinstance(m, Quantizer) and id(m) not in other and id(m) not in nested
+    }
+
+
+def _reason(owner: nn.Module, leaf: str, owner_name: str, kept: dict[str, str]) -> str:
+    if owner_name in kept:
+        return kept[owner_name]
+    if isinstance(owner, nn.modules.batchnorm._BatchNorm):
+        return "batch-norm"
+    if leaf == "bias":
+        return "bias"
+    return "no rule matches"
+
+
+def manifest(model: nn.Module, kept: dict[str, str]) -> dict[str, Any]:
+    """Every tensor with its bits, granularity and signedness, or why it was left alone; every activation quantizer."""
+    weights: dict[str, Any] = {}
+    for name, parameter in model.named_parameters():
+        owner_name, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(owner_name)
+        entry: dict[str, Any] = {"shape": list(parameter.shape), "numel": parameter.numel()}
+        if isinstance(owner, QuantLayer) and leaf == "weight" and owner.weight_quantizer is not None:
+            codes, scales = owner.weight_quantizer.stored_bits(parameter)
+            entry |= owner.weight_quantizer.describe()
+            entry |= {"shape": list(owner.weight_shape), "numel": int(torch.Size(owner.weight_shape).numel())}
+            entry |= {"stored_bits": codes + scales, "scale_bits": scales}
+        elif isinstance(owner, Quantizer):
+            entry |= {"part_of": type(owner).__name__}
+        else:
+            entry |= {"bits": 32, "why": _reason(owner, leaf, owner_name, kept)}
+        weights[name] = entry
+    activations = {name: q.describe() for name, q in activation_quantizers(model).items()}
+    errors = {
+        name: layer.error_quantizer.describe()
+        for name, layer in quant_layers(model)
+        if layer.error_quantizer is not None
+    }
+    return {"weights": weights, "activations": activations, "errors": errors, "size": size(model)}
+
+
+def size(model: nn.Module) -> dict[str, float]:
+    """What a packed file needs: bits per quantized weight and bytes of the whole net.
+
+    Counted with the weights: scales, padding, and tables that layers share, once.
+
+    Whatever is not a quantized weight counts as 32-bit floats, batch-norm statistics included; modules that say they
+    are `training_only` do not count.
+    """
+    bits = weights = 0.0
+    shared: dict[Any, float] = {}
+    counted: set[int] = set()
+    for _, layer in quant_layers(model):
+        if layer.weight_quantizer is None:
+            continue
+        codes, scales = layer.weight_quantizer.stored_bits(layer.weight)
+        bits += codes + scales
+        shared |= layer.weight_quantizer.shared_bits()
+        weights += torch.Size(layer.weight_shape).numel()
+        counted |= {
+            id(t) for t in (layer.weight, *layer.weight_quantizer.parameters(), *layer.weight_quantizer.buffers())
+        }
+    bits += sum(shared.values())
+    for module in model.modules():
+        if getattr(module, "training_only", False):
+            counted |= {id(t) for t in (*module.parameters(), *module.buffers())}
+    rest: list[Tensor] = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in counted]
+    floats = 32.0 * sum(t.numel() for t in rest if t.is_floating_point())
+    return {"bits_per_weight": bits / weights if weights else 32.0, "bytes": round((bits + floats) / 8)}

@@ -1,0 +1,1 @@
+"""One run from its dictionary to result.json: built, calibrated, trained, evaluated, written."""

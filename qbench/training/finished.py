@@ -1,0 +1,107 @@
+"""What can be done with a run before and after it is computed: plan it, evaluate it again, take its net."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from torch import nn
+
+from qbench import kernels
+from qbench.config.recipe import Recipe
+from qbench.config.resolve import parent_of
+from qbench.data import load
+from qbench.errors import UserError, unknown
+from qbench.quant import surgery
+from qbench.quant.layers import quantized_weights
+from qbench.records import read_config
+from qbench.training import checkpoint, device, evaluation
+from qbench.training.build import make_method, make_model, place_net, quantize
+from qbench.training.optim import criterion
+from qbench.training.run import Run, make_batches, parent_places, prepare
+
+
+def rebuild(folder: Path) -> nn.Module:
+    """The trained, quantized net of a finished run, in eval mode; the data are loaded where it lacks their shape."""
+    config = read_config(folder)
+    images = {k: config["dataset"].get(k) for k in ("channels", "classes", "size")}
+    return _net(folder, config, SimpleNamespace(**images) if all(images.values()) else load(config["dataset"]))
+
+
+def _net(folder: Path, config: dict[str, Any], data: Any) -> nn.Module:
+    model = make_model(config, data)
+    quantize(config, model, make_method(config))
+    state = checkpoint.load(folder / "model.pt")
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"{folder / 'model.pt'} does not fit its config.yaml: {error}") from error
+    return model.eval()
+
+
+def evaluate(folder: Path, dataset: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], float, float]:
+    """Evaluate a finished run again: (its result, loss, accuracy in percent); `dataset` replaces keys of its data."""
+    config = read_config(folder)
+    for key, value in (dataset or {}).items():
+        if key not in config["dataset"]:
+            raise unknown(f"option of dataset={config['dataset']['name']}", key, config["dataset"])
+        config["dataset"][key] = value
+    run = Run(config, load(config["dataset"]), folder, "", {})
+    model = _net(folder, config, run.data)
+    place = device.pick(run.config["device"])
+    device.set_threads(run.config["threads"])
+    place_net(model, place, run.config["channels_last"])
+    tests, result = make_batches(run, run.data.test, place, False), run.result() or {}
+    with kernels.using(result.get("kernels", "torch")):  # other kernels round otherwise: an image may tip over
+        loss, accuracy = evaluation.evaluate(model, tests, place, run.config["train"]["precision"])
+    return result, loss, accuracy
+
+
+def evaluate_checkpoint(config: dict[str, Any], path: Path) -> tuple[float, float]:
+    """(loss, accuracy in percent) of a plain float state_dict on the test set that `config` names."""
+    run = Run(config, load(config["dataset"]), Path(), "", {})
+    place = device.pick(config["device"])
+    device.set_threads(config["threads"])
+    model = make_model(config, run.data)
+    for line in checkpoint.load_weights(model, path):
+        print(f"  {line}")
+    place_net(model, place, config["channels_last"])
+    return evaluation.evaluate(
+        model, make_batches(run, run.data.test, place, False), place, config["train"]["precision"]
+    )
+
+
+def plan(config: dict[str, Any]) -> dict[str, Any]:
+    """What a run would do: resolved configuration, manifest, steps and an estimate of its seconds; nothing is kept."""
+    run = prepare(config)
+    config = run.config
+    place = device.pick(config["device"])
+    device.set_threads(config["threads"])
+    model, method, recipe = make_model(config, run.data).to(place), make_method(config), Recipe(**config["train"])
+    kept = quantize(config, model, method)
+    place_net(model, place, config["channels_last"])
+    train = make_batches(run, run.data.train, place, True)
+    x, y = next(iter(train.epoch(0)))
+    times = []
+    for _ in range(3):
+        start = time.monotonic()
+        with evaluation.autocast(place, recipe.precision), quantized_weights(model.train()):
+            loss = criterion(recipe, model(x).float(), y)
+        loss.backward()  # type: ignore[no-untyped-call]
+        loss.item()  # waits for a GPU
+        times.append(time.monotonic() - start)
+    steps, parent_steps = recipe.total_steps(len(train)), 0
+    if config["init"] == "float" or config["distill"]["weight"]:
+        parent = prepare(parent_of(config), run.data)
+        if not any(found.result() for found in parent_places(parent)):
+            per_epoch = len(make_batches(parent, run.data.train, place, True))
+            parent_steps = Recipe(**config["parent"]).total_steps(per_epoch)
+    return {
+        "config": config,
+        "manifest": surgery.manifest(model, kept),
+        "folder": str(run.folder),
+        "steps": steps,
+        "parent_steps": parent_steps,
+        "seconds": (steps + parent_steps) * min(times),
+    }

@@ -1,0 +1,69 @@
+"""What a run leaves: its result, manifest, pictures, and the hash of its weights."""
+
+import hashlib
+import json
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+from torch import nn
+
+import qbench
+from qbench import files
+from qbench.figures import plots, telemetry_plots
+from qbench.quant import surgery
+from qbench.records import read_metrics
+from qbench.training import checkpoint, trainer
+from qbench.training.recorder import Recorder
+
+if TYPE_CHECKING:
+    from qbench.training.run import Run
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """SHA-256 over names and bytes of every tensor of the net."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if isinstance(tensor, torch.Tensor):
+            sha.update(name.encode() + tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+def summary(run: "Run", model: nn.Module, outcome: trainer.Outcome) -> dict[str, Any]:
+    config = run.config
+    result = {k: config[k] for k in ("budget", "w_bits", "a_bits", "seed", "protocol", "init")}
+    result |= {k: config[k]["name"] for k in ("method", "model", "dataset")}
+    result |= vars(outcome)
+    result |= surgery.size(model)
+    result |= {"weights_sha256": weights_sha256(model), "version": qbench.__version__, "torch": torch.__version__}
+    result |= {"precision": config["train"]["precision"], "key": run.key}
+    if "auto" in config:
+        result["auto"] = config["auto"]
+    result |= {"identity": run.identity, "epochs": config["train"]["epochs"], "seconds": round(outcome.seconds, 1)}
+    return result
+
+
+def write(run: "Run", model: nn.Module, kept: dict[str, str], recorder: Recorder, result: dict[str, Any]) -> None:
+    """Everything a run leaves; result.json last, then the checkpoint goes."""
+    folder = run.folder
+    checkpoint.save(folder / "model.pt", model.state_dict())
+    manifest = surgery.manifest(model, kept)
+    files.atomic_write(folder / "manifest.json", json.dumps(manifest, indent=1))
+    images = {k: getattr(run.data, k) for k in ("channels", "classes", "size")}  # so that `qbench.load` needs no data
+    config = {**run.config, "dataset": {**run.config["dataset"], **images}}
+    files.atomic_write(folder / "config.yaml", yaml.safe_dump(json.loads(json.dumps(config)), sort_keys=False))
+    recorder.flush()
+    records = read_metrics(folder)
+    if result["epoch_best"]:  # else nothing was trained, and there is no curve
+        plots.curves(folder, result, records)
+    if any("quantizer" in entry for entry in manifest["weights"].values()):
+        plots.histograms(folder, result, records)
+        telemetry_plots.telemetry(folder, result, records)
+    recorder.result(result)
+    recorder.close()
+    for path in (
+        folder / "checkpoint.pt",
+        folder / "before.json",
+        *folder.glob(".*.*"),
+    ):  # .*.*: writes cut off by a kill
+        path.unlink(missing_ok=True)

@@ -1,0 +1,79 @@
+"""One run on several processes of this machine (torch.distributed); the first one writes."""
+
+import json
+import os
+import tempfile
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from qbench.errors import UserError
+from qbench.training import device
+
+LOST = "lost another worker"
+
+
+def in_workers(config: dict[str, Any], workers: int) -> dict[str, Any]:
+    """Execute `config` in `workers` processes that average their gradients; returns the result.
+
+    Each gets its share of every batch and of the CPU threads, or a GPU of its own. Backend: nccl where every worker has
+    a GPU, else gloo.
+
+    Errors: what stopped the first worker, as UserError where it was one.
+    """
+    if config["train"]["batch_size"] % workers or config["parent"]["batch_size"] % workers:
+        raise UserError(f"workers={workers} must divide the batch size ({config['train']['batch_size']})")
+    from qbench.training.run import prepare
+
+    prepare(config)  # decode and check the data once, before the workers want them
+    threads = config["threads"] or max(1, device.set_threads(None) // workers)
+    with tempfile.TemporaryDirectory(prefix="qbench-workers-") as folder:
+        ended = ""
+        try:
+            mp.start_processes(  # type: ignore[attr-defined]
+                _work, args=(workers, {**config, "threads": threads}, folder), nprocs=workers, start_method="spawn"
+            )
+        except mp.ProcessExitedException as error:  # type: ignore[attr-defined]
+            ended = str(error)
+        notes = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))]
+    note = next((n for n in notes if "result" not in n and n["kind"] != LOST), None)
+    ended = ended or next((n["error"] for n in notes if n.get("kind") == LOST), "")
+    if note is None and not ended:
+        return dict(notes[0]["result"])
+    if note is None:
+        raise UserError(f"a worker ended ({ended}). The same command goes on from the last checkpoint.")
+    if note["kind"] == "Interrupted":
+        from qbench.training.interrupt import Interrupted
+
+        raise Interrupted(note["error"])
+    raise UserError(note["error"]) if note["kind"] == "UserError" else RuntimeError(note["error"])
+
+
+def _work(rank: int, workers: int, config: dict[str, Any], folder: str) -> None:
+    from qbench.screen import Screen
+    from qbench.training.interrupt import Interrupted
+    from qbench.training.run import _execute, prepare
+
+    nccl = torch.cuda.device_count() >= workers and config["device"] != "cpu"
+    if nccl:
+        torch.cuda.set_device(rank)
+    store = f"file://{folder}/rendezvous"
+    dist.init_process_group("nccl" if nccl else "gloo", init_method=store, rank=rank, world_size=workers)
+    note: dict[str, Any]
+    try:
+        note = {"result": _execute(prepare(config), Screen(quiet=rank > 0))}
+    except (UserError, Interrupted) as error:
+        note = {"kind": type(error).__name__, "error": str(error)}
+    except Exception as error:
+        # what gloo and NCCL say when another worker is gone is not the cause
+        lost = isinstance(error, dist.DistError) or "gloo" in str(error)
+        told = traceback.format_exc() if config["debug"] else repr(error)
+        note = {"kind": LOST if lost else "Exception", "error": told}
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(note))
+    if "result" not in note:  # the others may wait for this worker in vain: end them all
+        os._exit(0 if rank == 0 else 1)
+    dist.destroy_process_group()

@@ -1,0 +1,184 @@
+"""The ranges and grids of qbench.quant.ranges, by hand and by their properties."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from torch import Tensor
+
+from qbench.quant import ranges
+
+torch.set_num_threads(1)
+
+VALUES = hnp.arrays(
+    np.float32,
+    st.tuples(st.integers(1, 3), st.integers(1, 40)),
+    elements=st.floats(-100, 100, width=32, allow_subnormal=False),
+)
+GRIDS = st.tuples(st.integers(2, 16), st.booleans(), st.booleans())
+
+
+def quantized(x: Tensor, lo: Tensor, hi: Tensor, bits: int, symmetric: bool, restricted: bool) -> Tensor:
+    bounds = ranges.code_bounds(bits, symmetric, restricted)
+    step, zero = (t[..., None] for t in ranges.grid(lo, hi, bounds, symmetric))
+    return (ranges.codes(x, step, zero).clamp(*bounds) - zero) * step
+
+
+def error(x: Tensor, lo: Tensor, hi: Tensor, bits: int, symmetric: bool, restricted: bool) -> Tensor:
+    return (quantized(x, lo, hi, bits, symmetric, restricted) - x).square().mean(-1)
+
+
+@pytest.mark.parametrize(
+    ("grid", "expected"),
+    [
+        ((8, False, False), (0, 255)),
+        ((8, False, True), (1, 255)),  # Jacob's weights: 255 codes
+        ((8, True, False), (-128, 127)),
+        ((8, True, True), (-127, 127)),
+        ((2, True, True), (-1, 1)),
+    ],
+)
+def test_code_bounds(grid: tuple[int, bool, bool], expected: tuple[int, int]) -> None:
+    assert ranges.code_bounds(*grid) == expected
+
+
+def test_affine_grid_by_hand() -> None:
+    lo, hi = torch.tensor(-0.37), torch.tensor(1.13)
+    step, zero = ranges.grid(lo, hi, (0, 15), False)
+    assert step.item() == pytest.approx(0.1)
+    assert zero.item() == 4
+    x = torch.tensor([-0.37, 0.0, 0.5, 1.13])
+    assert ranges.codes(x, step, zero).tolist() == [0, 4, 9, 15]
+    assert quantized(x, lo, hi, 4, False, False).tolist() == pytest.approx([-0.4, 0, 0.5, 1.1])
+
+
+def test_nudged_range_by_hand() -> None:
+    """1712.05877 Sec. 3: [-0.37, 1.13] with 256 levels moves to [-0.3705882, 1.1294118]."""
+    step, zero = ranges.grid(torch.tensor(-0.37), torch.tensor(1.13), (0, 255), False)
+    assert step.item() == pytest.approx(0.0058823529)
+    assert zero.item() == 63
+    assert (-zero * step).item() == pytest.approx(-0.3705882)
+    assert ((255 - zero) * step).item() == pytest.approx(1.1294118)
+
+
+def test_grid_is_widened_to_zero_and_survives_a_dead_channel() -> None:
+    lo, hi = torch.tensor([0.5, -3.0, 0.0]), torch.tensor([1.5, -1.0, 0.0])
+    step, zero = ranges.grid(lo, hi, (0, 15), False)
+    assert step.tolist() == pytest.approx([0.1, 0.2, 1.0])
+    assert zero.tolist() == [0, 15, 0]
+
+
+def test_symmetric_grid_by_hand() -> None:
+    step, zero = ranges.grid(torch.tensor(-0.7), torch.tensor(0.3), (-7, 7), True)
+    assert step.item() == pytest.approx(0.1)
+    assert zero.item() == 0
+
+
+def test_codes_round_half_to_even() -> None:
+    halves = torch.tensor([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5])
+    assert ranges.codes(halves, torch.tensor(1.0), torch.tensor(0.0)).tolist() == [-2, -2, 0, 0, 2, 2]
+
+
+def test_percentile_agrees_with_numpy() -> None:
+    x = torch.randn(3, 1001, generator=torch.Generator().manual_seed(0))
+    for percent in (99.0, 99.9, 99.99, 100.0):
+        lo, hi = ranges.percentile(x, percent)
+        assert lo.numpy() == pytest.approx(np.percentile(x.numpy(), 100 - percent, axis=1), rel=1e-4)
+        assert hi.numpy() == pytest.approx(np.percentile(x.numpy(), percent, axis=1), rel=1e-4)
+
+
+@pytest.mark.parametrize("percent", [50, 0, 100.1, -1])
+def test_percentile_refuses(percent: float) -> None:
+    with pytest.raises(ValueError, match="percentile must be above 50"):
+        ranges.percentile(torch.zeros(3), percent)
+
+
+def test_mse_cuts_an_outlier() -> None:
+    x = torch.cat([torch.linspace(-1, 1, 2001), torch.tensor([20.0])])
+    lo, hi = ranges.mse(x, 3)
+    assert lo.item() < 0
+    assert hi.item() < 10
+    assert error(x, lo, hi, 3, False, False) < 0.75 * error(x, *ranges.minmax(x), 3, False, False)
+
+
+def test_mse_is_close_to_the_best_of_all_pairs_of_ends() -> None:
+    x = torch.cat([torch.linspace(-1, 1, 501), torch.tensor([3.0])])
+    shares = torch.arange(1, 65) / 64
+    low, high = torch.cartesian_prod(-shares, 3 * shares).T
+    best = error(x.expand(len(low), -1), low, high, 4, False, False).min()
+    assert error(x, *ranges.mse(x, 4), 4, False, False) < 1.05 * best
+
+
+def test_kl_cuts_a_thin_tail_and_keeps_a_uniform_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    tail = torch.cat([torch.randn(50_000, generator=generator).abs(), torch.tensor([30.0])])
+    lo, hi = ranges.kl(tail, 4)
+    assert lo == tail.min()
+    assert 1 < hi.item() < 6
+    flat = torch.rand(50_000, generator=generator)
+    assert ranges.kl(flat, 4)[1].item() > 0.95
+
+
+def test_kl_by_hand() -> None:
+    """Bins 40 40 10 10 0 0 0 1, two levels: T = 4 keeps both pairs; 8 merges four bins, 2 puts 21 into the last."""
+    x = torch.tensor([0.5] * 40 + [1.5] * 40 + [2.5] * 10 + [3.5] * 10 + [8.0])
+    assert ranges.kl(x, 1, bins=8)[1].item() == 4
+    assert ranges.kl(x, 2, symmetric=True, bins=8)[1].item() == 4  # one bit of two is the sign
+    even = torch.tensor([0.5] * 3 + [1.5] * 3 + [2.5] * 2 + [4.0] * 2)
+    assert ranges.kl(even, 1, bins=4)[1].item() == 4  # merged without loss
+
+
+def test_kl_with_more_levels_than_bins_is_the_maximum() -> None:
+    x = torch.randn(2, 500, generator=torch.Generator().manual_seed(0))
+    lo, hi = ranges.kl(x, 16)
+    assert torch.equal(lo, x.amin(-1))
+    assert torch.equal(hi, x.amax(-1))
+
+
+@given(x=VALUES, grid=GRIDS)
+@settings(max_examples=50, deadline=None)
+def test_every_range_is_ordered_and_inside_the_values(x: np.ndarray, grid: tuple[int, bool, bool]) -> None:
+    bits, symmetric, restricted = grid
+    values = torch.from_numpy(x)
+    low, high = ranges.minmax(values)
+    for kind in ranges.KINDS:
+        lo, hi = ranges.find(kind, values, bits=bits, symmetric=symmetric, restricted=restricted, percent=99)
+        assert lo.shape == hi.shape == (len(values),)
+        if kind != "kl" or low.min() <= 0 <= high.max():
+            assert (lo <= hi).all()
+        assert (lo >= low.clamp_max(0)).all()
+        assert (hi <= high.clamp_min(0)).all()
+
+
+@given(x=VALUES, grid=GRIDS)
+@settings(max_examples=50, deadline=None)
+def test_mse_is_never_worse_than_minmax(x: np.ndarray, grid: tuple[int, bool, bool]) -> None:
+    values = torch.from_numpy(x)
+    best = error(values, *ranges.mse(values, *grid, candidates=12), *grid)
+    assert (best <= error(values, *ranges.minmax(values), *grid)).all()
+
+
+@given(x=VALUES, grid=GRIDS)
+@settings(max_examples=50, deadline=None)
+def test_minmax_covers_the_values_to_one_step(x: np.ndarray, grid: tuple[int, bool, bool]) -> None:
+    values = torch.from_numpy(x)
+    lo, hi = ranges.minmax(values)
+    bounds = ranges.code_bounds(*grid)
+    step, zero = ranges.grid(lo, hi, bounds, grid[1])
+    assert (step > 0).all()
+    assert (zero >= bounds[0]).all()
+    assert (zero <= bounds[1]).all()
+    assert torch.equal(zero, zero.round())
+    hat = quantized(values, lo, hi, *grid)
+    assert ((hat - values).abs() <= step[:, None] * 1.01).all()  # half a step, and half more where the grid was nudged
+    again = quantized(hat, lo, hi, *grid)
+    assert torch.equal(again, hat)
+
+
+def test_one_range_for_a_flat_tensor() -> None:
+    x = torch.randn(300, generator=torch.Generator().manual_seed(1))
+    for kind in ranges.KINDS:
+        lo, hi = ranges.find(kind, x, bits=4, symmetric=False)
+        assert lo.shape == hi.shape == ()
