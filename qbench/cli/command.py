@@ -236,7 +236,7 @@ def _cell(config: dict[str, Any]) -> dict[str, Any]:
     if config["plan"]:
         _plan(config)
         return {"status": "planned"}
-    from qbench.training.run import execute
+    from qbench.training.execute import execute
 
     result = execute(config)
     if result.get("reused"):
@@ -250,8 +250,8 @@ def _one(config: dict[str, Any]) -> int:
         _plan(config)
         return 0
     from qbench.figures.report import tell
+    from qbench.training.execute import execute
     from qbench.training.interrupt import Interrupted
-    from qbench.training.run import execute
 
     try:
         result = execute(config)

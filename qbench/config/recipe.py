@@ -8,6 +8,7 @@ from typing import Any
 from qbench.errors import UserError, unknown
 
 SCHEDULES = ("constant", "step", "cosine", "linear", "exponential", "onecycle")
+LOSSES = ("cross_entropy", "squared_hinge")
 KERNELS = ("auto", "cpp", "numba", "compile", "torch")
 PRECISIONS = ("fp32", "tf32", "bf16", "auto")  # auto: qbench.training.precision replaces it before anything is trained
 # Names for `optimizer`, beside the dotted path of any class, and what torch.optim calls them.
@@ -30,7 +31,8 @@ class Recipe:
     `milestones`, in epochs) | cosine | linear (both to 0) | exponential (to lr * gamma at the end) | onecycle (linear
     up over the first 30 %, cosine down to 0). `warmup`: epochs of linear rise from 0 before it. `accumulate`:
     micro-batches per step. `evaluate_every`: epochs between evaluations on the test set. `calibration`: images that set
-    the first ranges. `clip_grad`: highest gradient norm, 0 is off. `loss`: cross_entropy | squared_hinge.
+    the first ranges. `clip_grad`: highest gradient norm, 0 is off. `loss`: cross_entropy | squared_hinge | the
+    dotted path of a function of (logits, labels).
     """
 
     epochs: float | None = None
@@ -90,9 +92,10 @@ class Recipe:
         for name, choices in (
             ("schedule", SCHEDULES),
             ("precision", PRECISIONS),
-            ("loss", ("cross_entropy", "squared_hinge")),
+            ("loss", LOSSES),
         ):
-            if getattr(self, name) not in choices:
+            dotted = name == "loss" and "." in str(self.loss)  # a method's own
+            if getattr(self, name) not in choices and not dotted:
                 raise unknown(f"train.{name}", str(getattr(self, name)), choices)
 
     def total_steps(self, steps_per_epoch: int) -> int:

@@ -240,8 +240,8 @@ class Study:
 
     def one(self, row: Row, seed: int) -> str | None:
         """Execute one run, or resume it; returns the error, if any, without folders."""
+        from qbench.training.execute import execute
         from qbench.training.interrupt import Interrupted
-        from qbench.training.run import execute
 
         try:
             self.add(row, self.ask.budget, execute(self.config(row, self.ask.budget, seed)))

@@ -58,7 +58,9 @@ def matches(model: nn.Module, rules: Sequence[Rule]) -> dict[str, Rule]:
     chosen: dict[str, Rule] = {}
     for rule in rules:
         names = [n for n, m in modules.items() if _is_kind(m, rule.kind)]
-        hits = {"@first": names[:1], "@last": names[-1:]}.get(rule.match)
+        hits = {"@first": names[:1], "@last": names[-1:], "@ends": [*dict.fromkeys([*names[:1], *names[-1:]])]}.get(
+            rule.match
+        )
         if hits is None:
             hits = [n for n in names if fnmatchcase(n, rule.match)]
         if rule.pair:

@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.nn import functional as F
+from yamls import method_of
 
 from qbench.config.recipe import Recipe
 from qbench.methods.flexor import FleXOR, Sharpness, decode, wiring_tensor
@@ -315,11 +315,11 @@ def test_sharpness_sets_the_buffers_and_clips() -> None:
 def test_yaml_on_a_resnet_with_stages_trains() -> None:
     conf = OmegaConf.load("conf/method/flexor.yaml")
     conf.w_bits, conf.options.n_in = 0.47, [19, 16, 7]
-    method = instantiate(conf.method, _convert_="all")
+    method = method_of(conf)
     torch.manual_seed(0)
     net = ResNetCIFAR(depth=8, channels=3, classes=10, size=16)
     kept = surgery.quantize(net, method.rules)
-    assert kept == {"conv1": "first layer", "fc": "last layer"}
+    assert kept == dict.fromkeys(("conv1", "fc"), "first and last layer")
     assert {tuple(m.weight.shape[::2]) for _, m in layers.quant_layers(net)} == {(1, 19), (1, 16), (1, 7)}
     entry = surgery.manifest(net, kept)["weights"]["layer2.0.conv1.weight"]
     assert entry["bits"] == 0.8
@@ -345,7 +345,7 @@ def test_all_layers_of_lenet() -> None:
     conf = OmegaConf.load("conf/method/flexor.yaml")
     conf.w_bits, conf.options.layers, conf.options.n_tap, conf.options.alpha = 0.6, "all", None, "he"
     net = LeNet5(channels=1, classes=10, size=8, width=0.25)
-    kept = surgery.quantize(net, instantiate(conf.method, _convert_="all").rules)
+    kept = surgery.quantize(net, method_of(conf).rules)
     assert not kept
     assert len(list(layers.quant_layers(net))) == 4
     assert surgery.size(net)["bits_per_weight"] > 0.6

@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from qbench.cli.overrides import resolve_row
 from qbench.methods.lsq import LSQ, SMALLEST
 from qbench.models.tiny import Tiny
 from qbench.quant.layers import QuantLayer
@@ -153,11 +153,9 @@ def test_arguments_out_of_range(options: dict[str, object]) -> None:
 
 
 def test_the_recipe_depends_on_the_bits() -> None:
-    config = OmegaConf.load("conf/method/lsq.yaml")
     found = {}
     for bits in (2, 3, 4, 8):
-        whole = OmegaConf.merge(config, {"w_bits": bits, "a_bits": bits})
-        recipe = OmegaConf.to_container(whole, resolve=True)["method"]["recipe"]  # type: ignore[index,call-overload]
+        recipe = resolve_row(["method=lsq", f"bits={bits}", "budget=paper"])["train"]
         found[bits] = (recipe["weight_decay"], recipe["epochs"], recipe["lr"])
     assert found == {2: (0.25e-4, 90, 0.01), 3: (0.5e-4, 90, 0.01), 4: (1e-4, 90, 0.01), 8: (1e-4, 1, 0.001)}
 

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
+from yamls import method_of
 
 from qbench.methods.recu import RaiseTau, ReCUInput, ReCUWeight
 from qbench.models.resnet import ResNetCIFAR
@@ -21,7 +21,7 @@ def recu(**options: object) -> Method:
     assert isinstance(conf, DictConfig)
     conf.w_bits = conf.a_bits = 1
     conf.options.update(options)
-    return instantiate(conf.method, _convert_="all")  # type: ignore[no-any-return]
+    return method_of(conf)
 
 
 def weight(**options: object) -> ReCUWeight:

@@ -5,11 +5,11 @@ import math
 
 import pytest
 import torch
-from hydra.utils import instantiate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from torch import Tensor, nn
+from yamls import method_of
 
 from qbench.methods import xor_encrypt
 from qbench.methods.shared import xor_spec
@@ -198,8 +198,8 @@ def test_yaml_on_a_resnet() -> None:
     conf.w_bits = 2
     torch.manual_seed(0)
     net = ResNetCIFAR(depth=8, channels=3, classes=10, size=16)
-    kept = surgery.quantize(net, instantiate(conf.method, _convert_="all").rules)
-    assert kept == {"conv1": "first layer", "fc": "last layer"}
+    kept = surgery.quantize(net, method_of(conf).rules)
+    assert kept == dict.fromkeys(("conv1", "fc"), "first and last layer")
     manifest = surgery.manifest(net, kept)
     # 0.9 pruned: 0.12 of seeds, some patches, 0.48 of mask, scales and one matrix
     assert 0.6 < manifest["size"]["bits_per_weight"] < 0.8

@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 MATRICES = ("random", "distinct", "covering")
+LAYERS = ("middle", "all")
 
 
 def _whole(name: str, value: Any, lo: int) -> None:
@@ -192,6 +193,8 @@ def check(options: Mapping[str, Any], w_bits: float) -> list[XorSpec]:
 
     Errors: ValueError saying what to change.
     """
+    if options.get("layers", "all") not in LAYERS:
+        raise ValueError(f"options.layers must be one of {', '.join(LAYERS)}, got {options['layers']!r}")
     known = {name: options[name] for name in ("n_in", "n_out", "n_tap", "q", "matrix") if name in options}
     try:
         stages = 3 if _many(known.get("n_in")) else 1
