@@ -21,18 +21,7 @@ REPORTS = ("last", "best", "val", "unknown")
 LEVELS = ("primary", "secondary", "memory")
 KINDS = ("points", "dots", "drops", "curves")
 # In what the runs of a claim may differ beside their methods; see `qbench.papers.setups`.
-PARTS = (
-    "start",
-    "optimizer",
-    "learning rate",
-    "schedule",
-    "epochs",
-    "batch size",
-    "weight decay",
-    "loss",
-    "net",
-    "data",
-)
+PARTS = ("start", "optimizer", "learning rate", "schedule", "epochs", "batch size", "weight decay", "loss", "net", "data")
 
 
 @dataclass(frozen=True)
@@ -87,6 +76,8 @@ class Figure:
     histogram: str = ""
 
     def __post_init__(self) -> None:
+        for name in ("kind", "xlabel", "histogram"):
+            _text(f"figure.{name}", getattr(self, name))
         if self.kind not in KINDS:
             raise unknown("figure kind", self.kind, KINDS)
         if self.kind == "points" and not self.xlabel:
