@@ -21,7 +21,18 @@ REPORTS = ("last", "best", "val", "unknown")
 LEVELS = ("primary", "secondary", "memory")
 KINDS = ("points", "dots", "drops", "curves")
 # In what the runs of a claim may differ beside their methods; see `qbench.papers.setups`.
-PARTS = ("start", "optimizer", "learning rate", "schedule", "epochs", "batch size", "weight decay", "loss", "net", "data")
+PARTS = (
+    "start",
+    "optimizer",
+    "learning rate",
+    "schedule",
+    "epochs",
+    "batch size",
+    "weight decay",
+    "loss",
+    "net",
+    "data",
+)
 
 
 @dataclass(frozen=True)

@@ -594,6 +594,7 @@ def test_a_claim_between_runs_that_differ_in_more_than_their_methods_is_confound
     found = verdict(card, card.claims[0], cells_of(card, kept, "short"), setups_of(dorefa=words))
     assert found.startswith(said)
     assert found == "holds" or not said.startswith("holds")
+    assert tuple(setups_of()(card.row("pact"), "short")) == cards.PARTS
 
 
 def test_a_verdict_says_what_other_code_computed_and_waits_for_rows_that_changed(tmp_path: Path) -> None:
