@@ -7,6 +7,7 @@ from typing import Any
 
 from qbench.errors import UserError, unknown
 
+DECAYS = ("all", "weights", "last")
 SCHEDULES = ("constant", "step", "cosine", "linear", "exponential", "onecycle")
 LOSSES = ("cross_entropy", "squared_hinge")
 KERNELS = ("auto", "cpp", "numba", "compile", "torch")
@@ -32,7 +33,9 @@ class Recipe:
     up over the first 30 %, cosine down to 0). `warmup`: epochs of linear rise from 0 before it. `accumulate`:
     micro-batches per step. `evaluate_every`: epochs between evaluations on the test set. `calibration`: images that set
     the first ranges. `clip_grad`: highest gradient norm, 0 is off. `loss`: cross_entropy | squared_hinge | the
-    dotted path of a function of (logits, labels).
+    dotted path of a function of (logits, labels). `decay`: what `weight_decay` acts on: all | weights (of convs and
+    linear layers: no bias, no batch-norm) | last (the weight of the last layer alone); a method's own word on a
+    parameter goes before it.
     """
 
     epochs: float | None = None
@@ -44,6 +47,7 @@ class Recipe:
     nesterov: bool = False
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
+    decay: str = "all"
     schedule: str = "cosine"
     milestones: tuple[float, ...] = ()
     gamma: float = 0.1
@@ -91,6 +95,7 @@ class Recipe:
             raise unknown("train.optimizer", str(self.optimizer), OPTIMIZERS)
         for name, choices in (
             ("schedule", SCHEDULES),
+            ("decay", DECAYS),
             ("precision", PRECISIONS),
             ("loss", LOSSES),
         ):

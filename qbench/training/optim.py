@@ -12,12 +12,14 @@ from torch.nn import functional as F
 
 from qbench.config.recipe import OPTIMIZERS, Recipe
 from qbench.errors import UserError
+from qbench.quant.layers import QuantLayer
 from qbench.quant.method import Hook, Method
 from qbench.quant.quantizer import Quantizer
 
 
 def parameter_groups(model: nn.Module, hooks: Sequence[Hook], method: Method, recipe: Recipe) -> list[dict[str, Any]]:
-    """Optimizer groups: the run's weight decay, none for parameters of quantizers, and what the method says.
+    """Optimizer groups: the run's weight decay on what `recipe.decay` says, but for parameters of quantizers, and what
+    the method says.
 
     Each names its optimizer, its highest rate `top_lr` and whether the schedule leaves that `constant`, and its `turn`:
     groups of a later turn are stepped after another pass over the same batch.
@@ -25,11 +27,14 @@ def parameter_groups(model: nn.Module, hooks: Sequence[Hook], method: Method, re
     Errors: ValueError when a method's pattern matches no parameter.
     """
     inside = {id(p) for m in model.modules() if isinstance(m, Quantizer) for p in m.parameters()}
+    weights = [id(m.weight) for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear, QuantLayer))]
+    held = {"all": None, "weights": {*weights}, "last": {*weights[-1:]}}[recipe.decay]
     used: set[int] = set()
     groups: dict[tuple[Any, ...], list[nn.Parameter]] = {}
     named = [*model.named_parameters(), *((f"hook.{n}", p) for h in hooks for n, p in h.named_parameters())]
     for name, p in named:
-        decay, own = 0.0 if id(p) in inside else recipe.weight_decay, {}
+        spared = id(p) in inside or (held is not None and id(p) not in held)
+        decay, own = 0.0 if spared else recipe.weight_decay, {}
         for i, group in enumerate(method.param_groups):
             if fnmatchcase(name, group["match"]):
                 used.add(i)

@@ -37,7 +37,7 @@ def test_a_system_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four gates y = (x0+x1, x0+x2, x1+x2, x0+x1+x2); the third is the sum of the first two."""
     rows = ((0, 1), (0, 2), (1, 2), (0, 1, 2))
     monkeypatch.setattr(xor_spec, "wiring", lambda spec, plane: rows)
-    spec = XorSpec(3, 4, None)
+    spec = XorSpec(3, 4, None, matrix="random")
     bits = _bools("1010", "1110", "1101", "0000")
     care = _bools("1111", "1110", "1001", "0000")
     found = encrypt(bits, care, spec)
@@ -52,7 +52,7 @@ def test_a_system_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_slice_is_patched_only_where_no_seed_fits() -> None:
     """Against all 2^n_in seeds: no patch exactly where some seed gives every bit that is cared for."""
-    spec = XorSpec(5, 12, None, seed=3)
+    spec = XorSpec(5, 12, None, matrix="random", seed=3)
     generator = torch.Generator().manual_seed(0)
     bits = torch.rand(200, 12, generator=generator) < 0.5
     care = torch.rand(200, 12, generator=generator) < 0.4
@@ -70,7 +70,7 @@ def test_a_slice_is_patched_only_where_no_seed_fits() -> None:
     n_in=st.integers(1, 62), more=st.integers(0, 40), share=st.floats(0, 1), seed=st.integers(0, 9), n=st.integers(1, 6)
 )
 def test_decoding_is_lossless(n_in: int, more: int, share: float, seed: int, n: int) -> None:
-    spec = XorSpec(n_in, n_in + more, None, seed=seed)
+    spec = XorSpec(n_in, n_in + more, None, matrix="random", seed=seed)
     generator = torch.Generator().manual_seed(seed)
     bits = torch.rand(n, spec.n_out, generator=generator) < 0.5
     care = torch.rand(n, spec.n_out, generator=generator) < share
@@ -121,6 +121,8 @@ def test_bits_per_weight_of_a_layer() -> None:
     assert codes / 1152 == pytest.approx(sum(counted[f"{part}_bits"] for part in ("seed", "patch", "mask")))
     assert counted["mask_bits"] < 0.5
     assert counted["compression_ratio"] == pytest.approx(q.bits * 1152 / codes)
+    hidden = (counted["seed_bits"] + counted["patch_bits"]) * 1152
+    assert counted["compression_ratio_without_mask"] == pytest.approx((q.bits - 1) * 1152 / hidden)  # the paper's
     size = surgery.size(nn.Sequential(layer))
     assert size["bits_per_weight"] == pytest.approx((codes + scales + 20 * 170) / 1152)
 

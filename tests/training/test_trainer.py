@@ -170,6 +170,25 @@ def test_quantizers_get_no_weight_decay_unless_the_method_says_so() -> None:
         assert {of[i]["top_lr"] for i in steps} == {pytest.approx(0.3 if decay == 0.5 else 0.1)}
 
 
+@pytest.mark.parametrize(
+    ("decay", "held"),
+    [
+        ("all", {"0.weight", "0.bias", "1.weight", "1.bias", "4.weight", "4.bias"}),
+        ("weights", {"0.weight", "4.weight"}),
+        ("last", {"4.weight"}),
+    ],
+)
+def test_weight_decay_acts_on_what_the_recipe_says(decay: str, held: set[str]) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(2, 2))
+    quantize(model, [Rule(weight=Scale, match="0")])
+    recipe = Recipe(steps=1, weight_decay=0.1, decay=decay)
+    for patterns, more in ([], set()), ([{"match": "1.bias", "weight_decay": "same"}], {"1.bias"}):
+        groups = parameter_groups(model, [], Method("m", "", "qat", param_groups=patterns), recipe)
+        of = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
+        assert {n for n, p in model.named_parameters() if of[id(p)] == 0.1} == held | more
+        assert {*of.values()} <= {0.0, 0.1}
+
+
 def test_a_pattern_that_matches_nothing_is_an_error_unless_optional() -> None:
     pattern = {"match": "*.stepp"}
     with pytest.raises(ValueError, match=r"'\*\.stepp' of m matches none of: .*1\.weight"):
