@@ -90,7 +90,7 @@ class Trainer:
         )
         self.quantizers = [m for part in (model, self.hooks) for m in part.modules() if isinstance(m, Quantizer)]
         for q in self.quantizers:
-            q.generator = generator
+            q.generator, q.pieces = generator, (recipe.accumulate, world())
         self.outcome, self.telemetry = Outcome(), Telemetry()
         gpu = device.type == "cuda" or graphs is not None
         self.eager = captured.why_not((model, self.hooks), recipe, gpu, compile)
