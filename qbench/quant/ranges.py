@@ -239,7 +239,7 @@ def find(
     Errors: UserError where a value is not finite: it has no place on a grid.
     """
     lo, hi = minmax(x)
-    if not bool(torch.isfinite(lo + hi).all()):
+    if not bool((hi - lo).isfinite().all()):
         raise UserError(
             f"a tensor to be quantized holds infinite values or NaN, of which no range ({kind}) can be made; "
             "look at the net that the run starts from"

@@ -190,6 +190,7 @@ def test_denormal_values_have_a_range_and_infinite_ones_an_answer(kind: str) -> 
     for wrong in (torch.inf, -torch.inf, torch.nan):
         with pytest.raises(UserError, match="holds infinite values or NaN"):
             ranges.find(kind, torch.tensor([1.0, wrong]), bits=8, symmetric=False)
+    assert ranges.find(kind, torch.full((2,), 3e38), bits=8, symmetric=False)[1] == torch.tensor(3e38)
 
 
 def test_mse_cuts_an_outlier_hundreds_of_times_the_rest() -> None:
