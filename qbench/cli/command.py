@@ -278,6 +278,8 @@ def _plan(config: dict[str, Any]) -> None:
                 entry.get("why") or entry.get("part_of") or f"{entry.get('levels')} levels, {entry.get('granularity')}"
             )
             print(f"{site:<12} {name:<40} {entry.get('bits', 32):>5} bits  {what}")
+    for name, why in plan["manifest"]["float_inputs"].items():
+        print(f"float input  {name:<40}    32 bits  {why}")
     size = plan["manifest"]["size"]
     print(f"\n{size['bits_per_weight']:.2f} bits per quantized weight, {size['bytes']:,} bytes in all")
     print(f"folder: {plan['folder']}")

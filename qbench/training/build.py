@@ -14,7 +14,7 @@ from torch import nn
 from qbench.config.identity import NEUTRAL, digest
 from qbench.config.moved import today
 from qbench.config.recipe import Recipe
-from qbench.data import DataSet, batches
+from qbench.data import DataSet, batches, torchvision_loader
 from qbench.errors import UserError
 from qbench.quant import surgery
 from qbench.quant.hooks import Distill
@@ -45,10 +45,19 @@ def clear_errors(what: str) -> Iterator[None]:
 def make_model(config: Mapping[str, Any], data: DataSet) -> nn.Module:
     """The float net for this data set, initialised from the run's seed."""
     options = {k: v for k, v in config["model"].items() if k != "name"}
-    checkpoint.seed_all(seed_of(config["seed"], "init"))
+    shape = {"channels": data.channels, "classes": data.classes, "size": data.size}
+    if str(options.get("_target_")).startswith("torchvision."):
+        shape = {"num_classes": data.classes}  # what its nets take; they find the rest in the images
     with clear_errors(f"model={config['model']['name']}"):
-        model = instantiate(options, channels=data.channels, classes=data.classes, size=data.size, _convert_="all")
-    return model  # type: ignore[no-any-return]
+        checkpoint.seed_all(seed_of(config["seed"], "init"))
+        try:
+            return instantiate(options, **shape, _convert_="all")  # type: ignore[no-any-return]
+        except InstantiationException as error:
+            if "torchvision::" not in f"{error} {error.__cause__}":
+                raise
+        torchvision_loader.torchvision()  # its compiled operators do not fit this PyTorch, and no net needs them
+        checkpoint.seed_all(seed_of(config["seed"], "init"))
+        return instantiate(options, **shape, _convert_="all")  # type: ignore[no-any-return]
 
 
 def make_method(config: Mapping[str, Any]) -> Method:

@@ -135,6 +135,8 @@ class Trainer:
         part = self.parts[index]
         self.recipe, state = part.recipe, self.state
         state.stage = StageState(part.stage.name, index, step, part.steps, part.stage.value)
+        for q in self.quantizers:
+            q.pieces = (self.recipe.accumulate, world())
         recorded = captured.asked(self.graph, self.eager)
         groups = parameter_groups(self.model, self.own_hooks(), self.method, self.recipe)
         self.optimizer = make_optimizers(groups, self.recipe, self.device, recorded, state.generator)

@@ -90,6 +90,20 @@ def test_gradient_scale_of_inputs_leaves_the_batch_out_unless_asked() -> None:
     assert found[0] / found[1] == pytest.approx(4)
 
 
+@pytest.mark.parametrize("count", ["features", "numel"])
+@pytest.mark.parametrize("site", ["weight", "input"])
+def test_gradient_of_the_step_is_that_of_the_whole_batch_in_pieces(site: str, count: str) -> None:
+    x, found = torch.full((16, 5), 9.0), []
+    for parts in (1, 2, 4):
+        q = lsq(2, site, step=1.0, count=count)
+        q.pieces = (parts, 1)
+        for piece in x.chunk(parts) if site == "input" else [x] * parts:
+            (q(piece).sum() / (1 if site == "input" else parts)).backward()
+        assert q.step.grad is not None
+        found.append(q.step.grad.item())
+    assert found[1:] == pytest.approx([found[0]] * 2)
+
+
 def test_start_from_the_mean_over_all_batches() -> None:
     q = lsq(2)
     q.calibrate(V)
