@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from qbench.quant import ops, ranges
-from qbench.quant.quantizer import Codes, Kernel, Quantizer, check_bits, check_choice
+from qbench.quant.grid import Affine
+from qbench.quant.quantizer import Kernel, Quantizer, check_bits, check_choice
 
 
 @ops.formula
@@ -42,7 +43,8 @@ class UniformGrid(Quantizer):
         layer: gives the number of channels when `per_channel`
         site: weight, or any activation or error site
         bits: 2..16
-        symmetric: zero = 0 and signed codes; otherwise affine, codes 0..2^bits - 1
+        symmetric: zero = 0; signed codes, but for activations that calibration never saw negative. Otherwise affine,
+            codes 0..2^bits - 1
         restricted: leave the lowest code unused, so that symmetric codes have equally many values on both sides
         per_channel: one step per output channel (axis 0); weights only
 
@@ -51,6 +53,8 @@ class UniformGrid(Quantizer):
 
     Reference: 1806.08342 Sec. 2.1-2.3; 1712.05877 Sec. 3
     """
+
+    told = ("symmetric",)
 
     def __init__(
         self,
@@ -67,42 +71,46 @@ class UniformGrid(Quantizer):
             raise ValueError(f"per_channel is for weights: the {site} of a layer has one step")
         self.bits = check_bits(bits, 2, 16)
         self.site, self.symmetric, self.restricted, self.per_channel = site, symmetric, restricted, per_channel
-        self.bounds = ranges.code_bounds(self.bits, symmetric, restricted)
         self.signed = symmetric
         self.granularity = "per_channel" if per_channel else "per_tensor"
         weight = getattr(layer, "weight", None)
         self.shape = (weight.shape[0], *[1] * (weight.dim() - 1)) if per_channel and weight is not None else ()
 
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """(lowest, highest) code."""
+        return ranges.code_bounds(int(self.bits), self.signed, self.restricted)
+
     @abstractmethod
-    def grid(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(step, zero) for `x`, both of a shape that broadcasts to it."""
+    def grid(self, x: Tensor | None = None) -> Affine:
+        """A float step, and a zero point that is 0 where symmetric, of the tensor or of each channel."""
+
+    def _between(self, step: Tensor, zero: Tensor, dynamic: bool = False) -> Affine:
+        lo, hi = self.bounds
+        return Affine(
+            step=step, zero=zero, lo=lo, hi=hi, dynamic=dynamic, constants=("zero",) if self.symmetric else ()
+        )
 
     def rows(self, x: Tensor) -> Tensor:
         """`x` with one row per step: [channels, n], or [n]."""
         return x.flatten(1) if self.per_channel else x.flatten()
 
     def quantize(self, x: Tensor) -> Tensor:
-        return _OnGrid.apply(x, *self.grid(x), *self.bounds)  # type: ignore[no-any-return, no-untyped-call]
+        grid = self.grid(x)
+        return _OnGrid.apply(x, grid.step, grid.zero, grid.lo, grid.hi)  # type: ignore[no-any-return, no-untyped-call]
 
-    @torch.no_grad()
-    def codes(self, x: Tensor) -> Codes:
-        """Integer codes lowest..highest; values = (codes - zero) * step."""
-        x = x.float()
-        step, zero = self.grid(x)
-        codes = ranges.codes(x, step, zero).clamp_(*self.bounds)
-        return Codes("affine", codes.to(torch.int32), {"step": step.clone(), "zero": zero.clone()})
+    def kernel(self, shape: torch.Size) -> Kernel | None:
+        grid = self.grid()
+        if grid.dynamic or self.per_channel:
+            return None
+        return Kernel("grid", grid.step.item(), lo=grid.lo, hi=grid.hi, zero=grid.zero.item())
 
-    @property
-    def levels(self) -> int:
-        return self.bounds[1] - self.bounds[0] + 1
+    def get_extra_state(self) -> dict[str, Any]:
+        return {**super().get_extra_state(), "signed": self.signed}
 
-    def stored_bits(self, weight: Tensor) -> tuple[float, float]:
-        """Codes of `bits` bits; a float step and, when affine, a zero point of `bits` bits per channel or tensor."""
-        scales = weight.shape[0] if self.per_channel else 1
-        return float(weight.numel() * self.bits), float(scales * (32 + (0 if self.symmetric else self.bits)))
-
-    def describe(self) -> dict[str, Any]:
-        return super().describe() | {"symmetric": self.symmetric}
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        super().set_extra_state(state)
+        self.signed = state.get("signed", self.signed)  # checkpoints of before it was stored have it as it was made
 
 
 class Uniform(UniformGrid):
@@ -154,14 +162,8 @@ class Uniform(UniformGrid):
         self._extremes: tuple[Tensor, Tensor] | None = None
         self._forget()
 
-    def grid(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.step, self.zero
-
-    def kernel(self, shape: torch.Size) -> Kernel | None:
-        if self.per_channel:
-            return None
-        lo, hi = self.bounds
-        return Kernel("grid", self.step.item(), lo=lo, hi=hi, zero=self.zero.item())
+    def grid(self, x: Tensor | None = None) -> Affine:
+        return self._between(self.step, self.zero)
 
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:
@@ -182,13 +184,15 @@ class Uniform(UniformGrid):
         if self._extremes is None:
             return
         lo, hi = self._extremes
+        if self.symmetric and self.site != "weight":
+            self.signed = bool((lo < 0).any())
         if self.range != "minmax":
             x = torch.cat([*self._seen, lo[..., None], hi[..., None]], -1)
             lo, hi = ranges.find(
                 self.range,
                 x,
                 bits=int(self.bits),
-                symmetric=self.symmetric,
+                symmetric=self.signed,
                 restricted=self.restricted,
                 percent=self.percentile,
             )
@@ -216,6 +220,6 @@ class Uniform(UniformGrid):
 
     def _set_range(self, lo: Tensor, hi: Tensor) -> None:
         lo, hi = lo.clamp_max(0).reshape(self.shape), hi.clamp_min(0).reshape(self.shape)
-        step, zero = ranges.grid(lo, hi, self.bounds, self.symmetric)
+        step, zero = ranges.grid(lo, hi, self.bounds, self.signed)
         for buffer, value in ((self.lo, lo), (self.hi, hi), (self.step, step), (self.zero, zero)):
             buffer.copy_(value)

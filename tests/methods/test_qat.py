@@ -69,10 +69,10 @@ def test_weight_codes_leave_the_lowest_unused() -> None:
     w = torch.tensor([-0.37, 0.0, 0.5, 1.13])
     q = Weight(LAYER, "weight", bits=8)
     codes = q.codes(w)
-    assert (codes.codes.min(), codes.codes.max(), q.levels) == (1, 255, 255)
+    assert (codes.min(), codes.max(), q.levels) == (1, 255, 255)
     step = 1.5 / 254
-    assert codes.tensors["step"].item() == pytest.approx(step)
-    assert codes.tensors["zero"].item() == 1 + 63  # 0.37 / step = 62.65
+    assert q.grid(w).step.item() == pytest.approx(step)
+    assert q.grid(w).zero.item() == 1 + 63  # 0.37 / step = 62.65
     assert q(w).tolist() == pytest.approx([-63 * step, 0, 85 * step, 191 * step])
 
 
@@ -90,7 +90,7 @@ def test_weight_per_channel_has_one_range_per_row() -> None:
     layer = nn.Conv2d(2, 3, 1)
     w = random(3, 2, 1, 1) * torch.tensor([0.01, 1, 100]).reshape(3, 1, 1, 1)
     q = Weight(layer, "weight", bits=4, per_channel=True)
-    assert ((q(w) - w).abs().amax((1, 2, 3)) < q.codes(w).tensors["step"].flatten()).all()
+    assert ((q(w) - w).abs().amax((1, 2, 3)) < q.grid(w).step.flatten()).all()
 
 
 # Activations

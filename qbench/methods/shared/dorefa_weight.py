@@ -11,7 +11,8 @@ from torch.autograd.function import once_differentiable
 
 from qbench.methods.shared.binary import Slope
 from qbench.quant import ops
-from qbench.quant.quantizer import Codes, Quantizer, check_bits
+from qbench.quant.grid import Affine, affine
+from qbench.quant.quantizer import Quantizer, check_bits
 
 
 class _DoReFaWeight(torch.autograd.Function):
@@ -165,6 +166,7 @@ class DoReFaWeight(Quantizer):
     ) -> None:
         super().__init__()
         self.bits = check_bits(bits, 1, 16)
+        self.n = 2**self.bits - 1
         if gradient is not None and self.bits > 1:
             raise ValueError(f"weight_gradient={gradient} is through the sign of 1-bit weights, and w_bits is {bits}")
         self.slope = Slope(gradient or "identity")
@@ -181,7 +183,7 @@ class DoReFaWeight(Quantizer):
     def quantize(self, x: Tensor) -> Tensor:
         if self.bits == 1:
             return self.slope.pass_through(x, ops.sign_value(x) * x.abs().mean())
-        return _DoReFaWeight.apply(x, self.levels - 1, self.scale, self.detach)  # type: ignore[no-any-return]
+        return _DoReFaWeight.apply(x, self.n, self.scale, self.detach)  # type: ignore[no-any-return]
 
     @classmethod
     def quantize_all(cls, weights: Sequence[Tensor], quantizers: Sequence[Quantizer]) -> list[Tensor]:
@@ -195,22 +197,16 @@ class DoReFaWeight(Quantizer):
                 hats[i] = q(w)
         if together:
             index, ws, qs = zip(*together, strict=True)
-            options = [q.levels - 1 for q in qs], [q.detach for q in qs]
+            options = [q.n for q in qs], [q.detach for q in qs]
             one = ws[0].is_cuda and len(set(options[1])) == 1
             function = _DoReFaWeightsInOneRow if one else _DoReFaWeights
             done = function.apply(*options, *[q.scale for q in qs], *ws)  # type: ignore[no-untyped-call]
             hats.update(zip(index, done, strict=True))
         return [hats[i] for i in range(len(weights))]
 
-    def codes(self, x: Tensor) -> Codes:
-        """Codes 0..n; values = (codes - n/2) * step."""
-        x, n = x.detach().float(), self.levels - 1
-        scale = x.abs().mean() if self.bits == 1 else self.scale
-        codes = x >= 0 if self.bits == 1 else (self(x) / (2 * scale / n) + n / 2).round()
-        return Codes(
-            "affine", codes.to(torch.int32), {"step": 2 * scale / n, "zero": torch.tensor(n / 2, device=x.device)}
-        )
-
-    def stored_bits(self, weight: Tensor) -> tuple[float, float]:
-        has_scale = self.bits == 1 or float(self.scale) != 1
-        return float(weight.numel() * self.bits), 32.0 * has_scale
+    def grid(self, x: Tensor | None = None) -> Affine:
+        """Codes 0..n; values = (codes - n/2) * 2 scale / n."""
+        if self.bits == 1:
+            return affine(None if x is None else 2 * x.detach().abs().mean(), 0, 1, zero=0.5)
+        fitted = self.init != "scratch"
+        return affine((self.scale if fitted else 1.0) * (2 / self.n), 0, self.n, zero=self.n / 2)
