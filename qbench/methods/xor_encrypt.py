@@ -110,15 +110,13 @@ def mask_of(parts: dict[str, Part], shape: torch.Size) -> Tensor:
     if "mask" in parts:
         return parts["mask"].numbers.bool().view(shape)
     bits, k = parts["gaps"].numbers.tolist(), int(parts["rice"].numbers)
-    kept, place, weight = torch.zeros(shape.numel(), dtype=torch.bool), 0, -1
-    kept_places = []
+    steps, place = [], 0
     while place < len(bits):
         one = bits.index(1, place)
-        low = sum(bits[one + 1 + i] << i for i in range(k))
-        weight += ((one - place) << k) + low + 1
-        kept_places.append(weight)
+        steps.append(((one - place) << k) + sum(bits[one + 1 + i] << i for i in range(k)) + 1)
         place = one + 1 + k
-    kept[kept_places] = True
+    kept = torch.zeros(shape.numel(), dtype=torch.bool)
+    kept[torch.tensor(steps, dtype=torch.long).cumsum(0) - 1] = True
     return kept.view(shape)
 
 

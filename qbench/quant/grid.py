@@ -24,21 +24,36 @@ Scale = Tensor | float | None
 
 @dataclass(frozen=True, kw_only=True)
 class Grid(ABC):
-    """What the kinds share: codes lo..hi, in `width` bits each when lo is subtracted."""
+    """What the kinds share: codes lo..hi, in `width` bits each when lo is subtracted.
 
-    lo: int
-    hi: int
+    Where channels or groups have widths of their own, lo and hi are integer tensors that broadcast as the scales do.
+    """
+
+    lo: int | Tensor
+    hi: int | Tensor
     dynamic: bool = False
     constants: tuple[str, ...] = ()  # the names of tensors that are constants of the method
 
     @property
-    def width(self) -> int:
-        return max(1, (self.hi - self.lo).bit_length())
+    def width(self) -> int | Tensor:
+        """Bits of a code, at least 1."""
+        span = self.hi - self.lo
+        if isinstance(span, Tensor):
+            return span.double().frexp().exponent.clamp_min(1)
+        return max(1, span.bit_length())
 
     @property
     def levels(self) -> int:
-        """How many codes are used, of each scale."""
-        return self.hi - self.lo + 1
+        """How many codes are used, of each scale; the most where they differ."""
+        return int((torch.as_tensor(self.hi) - self.lo).max()) + 1
+
+    def pack(self, codes: Tensor) -> Part:
+        """Codes as a packed file holds them."""
+        return Part(codes - self.lo, self.width)
+
+    def unpack(self, part: Part) -> Tensor:
+        """The codes that `pack` made this part of, int32."""
+        return part.numbers.to(torch.int32) + self.lo
 
     @abstractmethod
     def values(self, codes: Tensor) -> Tensor:
@@ -59,20 +74,42 @@ class Grid(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Affine(Grid):
-    """value = (code - zero) * step."""
+    """value = (code - zero) * step.
+
+    view: the shape in which scales broadcast, where it is not the tensor's own: (n / 8, 8) with scales of (n / 8, 1)
+    for groups of eight of its n numbers.
+    """
 
     step: Tensor
     zero: Tensor
+    view: tuple[int, ...] = ()
 
     def values(self, codes: Tensor) -> Tensor:
-        return (codes - self.zero) * self.step
+        return ((self._seen(codes) - self.zero) * self.step).reshape(codes.shape)
 
     def codes(self, value: Tensor, source: Tensor) -> Tensor:
-        steps = torch.where(self.step == 0, 0.0, value / self.step)  # without a step all codes are worth 0
-        return (steps + self.zero).round_().clamp_(self.lo, self.hi).to(torch.int32)
+        seen = self._seen(value)
+        place = torch.where(self.step == 0, self.zero.ceil(), seen / self.step + self.zero)  # no step: all are worth 0
+        codes = torch.minimum(torch.maximum(place.round(), torch.as_tensor(self.lo)), torch.as_tensor(self.hi))
+        return codes.to(torch.int32).reshape(value.shape)
+
+    def pack(self, codes: Tensor) -> Part:
+        return Part(codes - self._spread(self.lo, codes), self._spread(self.width, codes))
+
+    def unpack(self, part: Part) -> Tensor:
+        return part.numbers.to(torch.int32) + self._spread(self.lo, part.numbers)
+
+    def _seen(self, x: Tensor) -> Tensor:
+        return x.reshape(self.view) if self.view else x
+
+    def _spread(self, value: int | Tensor, codes: Tensor) -> int | Tensor:
+        """What broadcasts in `view` in the shape of the codes."""
+        return value.expand(self.view).reshape(codes.shape) if self.view and isinstance(value, Tensor) else value
 
     def tables(self, encoder: bool = False) -> dict[str, Part]:
-        found = {"step": Part(self.step), "zero": Part((self.zero - self.lo).to(torch.int32), self.width)}
+        found = {"step": Part(self.step)}
+        if "zero" not in self.constants:
+            found["zero"] = Part((self.zero - self.lo).to(torch.int32), self.width)
         return {name: part for name, part in found.items() if name not in self.constants}
 
     def ends(self) -> tuple[Tensor, Tensor]:
@@ -127,7 +164,7 @@ class Planes(Grid):
 
     @property
     def levels(self) -> int:
-        return self.hi + 1 if self.thresholds is None else len(self.thresholds) + 1
+        return super().levels if self.thresholds is None else len(self.thresholds) + 1
 
     def values(self, codes: Tensor) -> Tensor:
         total: Tensor = reduce(torch.add, (c * (2 * (codes >> i & 1) - 1) for i, c in enumerate(self.coefficients)))
@@ -165,11 +202,16 @@ class Planes(Grid):
         return found.amin(0), found.amax(0)
 
 
-def affine(step: Scale, lo: int, hi: int, zero: Tensor | float = 0.0) -> Affine:
+def affine(
+    step: Scale, lo: int | Tensor, hi: int | Tensor, zero: Tensor | float = 0.0, view: Sequence[int] = ()
+) -> Affine:
     """Codes lo..hi, value = (code - zero) * step; a `zero` that is a tensor holds whole numbers in lo..hi."""
+    if isinstance(lo, Tensor) or isinstance(hi, Tensor):
+        lo, hi = torch.broadcast_tensors(torch.as_tensor(lo), torch.as_tensor(hi))
     constants = [name for name, given in (("step", step), ("zero", zero)) if isinstance(given, float | int)]
     step_, zero_ = _tensor(step, zero), _tensor(zero, step)
-    return Affine(step=step_, zero=zero_, lo=lo, hi=hi, dynamic=step is None, constants=tuple(constants))
+    dynamic = step is None
+    return Affine(step=step_, zero=zero_, lo=lo, hi=hi, view=tuple(view), dynamic=dynamic, constants=tuple(constants))
 
 
 def book(table: Tensor, shape: Sequence[int] = (), fixed: Sequence[int] = ()) -> Book:

@@ -1,7 +1,8 @@
 """What every quantizer is: a map onto a grid that it names, with codes that can be stored."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +62,18 @@ class Kernel:
     zero: float = 0.0
     closed: bool = False
     slope: float = 1.0
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Within the block the module is in eval mode: a quantizer draws no random numbers and follows no statistics."""
+    modes = [(m, m.training) for m in module.modules()]
+    try:
+        module.eval()
+        yield
+    finally:
+        for m, training in modes:
+            m.training = training
 
 
 class Quantizer(nn.Module, ABC):
@@ -148,9 +161,10 @@ class Quantizer(nn.Module, ABC):
 
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
-        """The code of each value of `quantize(x)` on `grid(x)`: int32, in the grid's lo..hi, of the shape of x_hat."""
+        """The code of each value of `quantize(x)`, in evaluation, on `grid(x)`: int32, of the shape of x_hat."""
         x = x.detach().float()
-        return self.grid(x).codes(self.quantize(x), x)
+        with evaluating(self):
+            return self.grid(x).codes(self.quantize(x), x)
 
     @property
     def levels(self) -> int:
@@ -162,11 +176,11 @@ class Quantizer(nn.Module, ABC):
 
         One whose codes are computed from fewer stored bits gives these instead, and `restored` computes the codes.
         """
-        return {"codes": Part(self.codes(x) - self.grid().lo, self.grid().width)}
+        return {"codes": self.grid().pack(self.codes(x))}
 
     def restored(self, parts: dict[str, Part]) -> Tensor:
         """The codes that the parts of `stored` stand for."""
-        return parts["codes"].numbers.to(torch.int32) + self.grid().lo
+        return self.grid().unpack(parts["codes"])
 
     def shared(self) -> dict[Hashable, Part]:
         """Tables that all quantizers of an equal key share: a packed file holds them once."""

@@ -87,9 +87,8 @@ class UniformGrid(Quantizer):
 
     def _between(self, step: Tensor, zero: Tensor, dynamic: bool = False) -> Affine:
         lo, hi = self.bounds
-        return Affine(
-            step=step, zero=zero, lo=lo, hi=hi, dynamic=dynamic, constants=("zero",) if self.symmetric else ()
-        )
+        constants = ("zero",) if self.symmetric else ()
+        return Affine(step=step, zero=zero, lo=lo, hi=hi, dynamic=dynamic, constants=constants)
 
     def rows(self, x: Tensor) -> Tensor:
         """`x` with one row per step: [channels, n], or [n]."""
@@ -97,20 +96,21 @@ class UniformGrid(Quantizer):
 
     def quantize(self, x: Tensor) -> Tensor:
         grid = self.grid(x)
-        return _OnGrid.apply(x, grid.step, grid.zero, grid.lo, grid.hi)  # type: ignore[no-any-return, no-untyped-call]
+        return _OnGrid.apply(x, grid.step, grid.zero, *self.bounds)  # type: ignore[no-any-return, no-untyped-call]
 
     def kernel(self, shape: torch.Size) -> Kernel | None:
         grid = self.grid()
         if grid.dynamic or self.per_channel:
             return None
-        return Kernel("grid", grid.step.item(), lo=grid.lo, hi=grid.hi, zero=grid.zero.item())
+        lo, hi = self.bounds
+        return Kernel("grid", grid.step.item(), lo=lo, hi=hi, zero=grid.zero.item())
 
     def get_extra_state(self) -> dict[str, Any]:
         return {**super().get_extra_state(), "signed": self.signed}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         super().set_extra_state(state)
-        self.signed = state.get("signed", self.signed)  # checkpoints of before it was stored have it as it was made
+        self.signed = state.get("signed", self.symmetric)  # older checkpoints: always signed
 
 
 class Uniform(UniformGrid):

@@ -1,14 +1,12 @@
 """What the training of low-bit weights is watched by, layer by layer: flips and use of codes, gradients that die."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qbench.quant.layers import quant_layers
-from qbench.quant.quantizer import Quantizer
+from qbench.quant.quantizer import Quantizer, evaluating
 from qbench.training.recorder import Recorder, layer_histogram
 
 SATURATED = 0.01  # of the largest gradient in the layer
@@ -42,7 +40,7 @@ class Telemetry:
             if q is None:
                 continue
             latent = layer.source().detach()
-            with _evaluating(q):
+            with evaluating(q):
                 codes, value = q.codes(latent), q(latent)
                 histograms[name] = layer_histogram(latent, value, codes, q.levels)
                 histograms[name]["latent"]["name"] = q.latent_name
@@ -64,18 +62,6 @@ class Telemetry:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.codes = dict(state)
-
-
-@contextmanager
-def _evaluating(q: Quantizer) -> Iterator[None]:
-    """Within the block the quantizer is in eval mode: it draws no random numbers and follows no statistics."""
-    modes = [(m, m.training) for m in q.modules()]
-    try:
-        q.eval()
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _share(mask: Tensor) -> float:

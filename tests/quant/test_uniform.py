@@ -109,6 +109,28 @@ def test_levels_zero_and_idempotence(x: np.ndarray, bits: int, symmetric: bool, 
     assert q.lo <= 0 <= q.hi
 
 
+@pytest.mark.parametrize("kind", ["minmax", "mse", "kl"])
+def test_symmetric_activations_that_are_never_negative_use_all_codes(kind: str) -> None:
+    """A constant 3 at 8 bits: 3 / 255, not 3 / 127 (arXiv 1806.08342, Sec. 2.2); the checkpoint knows."""
+    q = fitted(torch.full((64,), 3.0), bits=8, symmetric=True, range=kind)
+    assert q.step.item() == pytest.approx(3 / 255)
+    assert (q.signed, q.bounds, q.zero.item(), q.levels) == (False, (0, 255), 0, 256)
+    assert q(torch.tensor([-1.0, 3.0])).tolist() == [0, 3]
+    other = Uniform(LAYER, "input", bits=8, symmetric=True)
+    assert other.bounds == (-128, 127)
+    other.load_state_dict(q.state_dict())
+    assert other.bounds == (0, 255)
+    old = q.state_dict() | {"_extra_state": {"enabled": True}}
+    other.load_state_dict(old)
+    assert other.bounds == (-128, 127)
+
+
+def test_symmetric_grids_of_weights_and_of_signed_inputs_are_signed() -> None:
+    x = torch.tensor([[0.5, 3.0]])
+    assert fitted(x, site="weight", bits=8, symmetric=True).step.item() == pytest.approx(3 / 127)
+    assert fitted(x - 0.6, bits=8, symmetric=True).bounds == (-128, 127)
+
+
 def test_minmax_is_exact_over_batches() -> None:
     q = Uniform(LAYER, "input", bits=8)
     for seed in range(5):
