@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
@@ -21,6 +21,7 @@ from qbench.config.resolve import resolve
 from qbench.data import DataSet, load
 from qbench.models.resnet import ResNetCIFAR
 from qbench.quant import surgery
+from qbench.quant.grid import Grid
 from qbench.quant.layers import QuantLayer, quant_layers, quantized_weights
 from qbench.quant.method import Method
 from qbench.quant.quantizer import Quantizer
@@ -240,24 +241,102 @@ def test_quantizing_twice_changes_nothing_where_the_paper_is_idempotent(case: Ca
             torch.testing.assert_close(q(y).detach(), y, rtol=1e-6, atol=1e-9, msg=name)
 
 
-def test_codes_are_the_forward(case: Case) -> None:
+def _seen(case: Case) -> dict[str, tuple[Quantizer, Tensor]]:
+    """{name: (quantizer, what it quantizes in evaluation)} of all weights, activations and errors."""
     case.model.eval()
-    for layer in weight_layers(case.model).values():
-        q = layer.weight_quantizer
-        assert q is not None
-        codes = q.codes(layer.weight)
-        assert codes.kind == "codebook" or not codes.codes.is_floating_point()
-        torch.testing.assert_close(codes.values(), q(layer.weight).detach(), rtol=1e-5, atol=1e-7)
-        stored, scales = q.stored_bits(layer.weight)
-        assert stored > 0
-        assert scales >= 0
-    seen: dict[str, tuple[Quantizer, Tensor]] = {}  # a quantizer may have a value per channel: its own inputs
-    for name, q in surgery.activation_quantizers(case.model).items():
+    seen: dict[str, tuple[Quantizer, Tensor]] = {}
+    for name, layer in quant_layers(case.model):
+        if layer.weight_quantizer is not None:
+            seen[f"{name}.weight"] = (layer.weight_quantizer, layer.source().detach())
+        if layer.error_quantizer is not None:
+            seen[f"{name}.error"] = (layer.error_quantizer, torch.randn(4, 3, 2, 2))
+    found = surgery.activation_quantizers(case.model)
+    handles = [
         q.register_forward_pre_hook(lambda q, args, name=name: seen.update({name: (q, args[0].detach())}))  # type: ignore[misc]
+        for name, q in found.items()
+    ]
     eval_logits(case.model, case.x)
-    assert len(seen) == len(surgery.activation_quantizers(case.model))
-    for q, x in list(seen.values()):
-        torch.testing.assert_close(q.codes(x).values(), q(x).detach(), rtol=1e-5, atol=1e-6)
+    for handle in handles:
+        handle.remove()
+    assert set(found) <= set(seen)
+    return seen
+
+
+def _same(a: Grid, b: Grid) -> bool:
+    def plain(grid: Grid) -> dict[str, Any]:
+        return {f.name: v.tolist() if isinstance(v := getattr(grid, f.name), Tensor) else v for f in fields(grid)}
+
+    return type(a) is type(b) and plain(a) == plain(b)
+
+
+def test_codes_on_the_grid_are_the_forward(case: Case) -> None:
+    for name, (q, x) in _seen(case).items():
+        grid, codes = q.grid(x), q.codes(x)
+        with torch.no_grad():
+            hat = q.quantize(x)
+        assert codes.dtype == torch.int32, name
+        assert grid.lo <= codes.min() <= codes.max() <= grid.hi < grid.lo + 2**grid.width, name
+        torch.testing.assert_close(grid.values(codes), hat, rtol=1e-5, atol=1e-6 * float(hat.abs().max()), msg=name)
+        assert len(codes.unique()) <= grid.levels == q.levels, name
+        least, greatest = (end.abs().max().item() for end in grid.ends())
+        most, near = hat.abs().max().item(), max(least, greatest)
+        assert most <= near * (1 + 1e-5), name
+        assert most == pytest.approx(near, rel=1e-5) or not q.grid().dynamic, name  # a scale of x's own fits x
+        assert not grid.dynamic, name
+        assert not any(t.requires_grad for t in vars(grid).values() if isinstance(t, Tensor)), name
+
+
+def test_a_grid_needs_no_data_and_a_forward_does_not_move_it(case: Case, tmp_path: Path) -> None:
+    """Without data the kind, the codes and their number are known; all else too, where no tensor decides it."""
+    case.model.eval()
+    quantizers = {n: m for n, m in case.model.named_modules() if isinstance(m, Quantizer)}
+    before = {name: q.grid() for name, q in quantizers.items()}
+    seen = _seen(case)
+    for name, q in quantizers.items():
+        assert _same(q.grid(), before[name]), name
+    for name, (q, x) in seen.items():
+        free, own = q.grid(), q.grid(x)
+        assert (type(free), free.lo, free.hi, free.levels) == (type(own), own.lo, own.hi, own.levels), name
+        assert free.dynamic or _same(free, own), name
+    other = build(config_of(case.config["method"]["name"], "train.steps=2", "seed=1"), tmp_path)
+    other.model.load_state_dict(case.model.state_dict())
+    assert {n: _same(m.grid(), before[n]) for n, m in other.model.named_modules() if n in before} == dict.fromkeys(
+        before, True
+    )
+
+
+def test_the_ends_of_a_grid_are_attained(case: Case) -> None:
+    for name, q in surgery.activation_quantizers(case.model).items():
+        grid = q.eval().grid()
+        assert not grid.dynamic, f"{name}: an executor must know the range of an activation"
+        x = next(x for n, (_, x) in _seen(case).items() if n == name)
+        wide = torch.linspace(-1, 1, 4001) * 3 * max(1.0, *(float(end.abs().max()) for end in grid.ends()))
+        with torch.no_grad():
+            hat = q.quantize(wide.view(-1, *[1] * (x.dim() - 1)).expand(-1, *x.shape[1:]))
+        for found, end in ((hat.amin(), grid.ends()[0].min()), (hat.amax(), grid.ends()[1].max())):
+            torch.testing.assert_close(found, end, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_what_is_stored_gives_the_codes_back_and_its_length_is_the_size(case: Case) -> None:
+    case.model.eval()
+    parts = surgery.packed(case.model)
+    files = {name: part.pack() for name, part in parts.items()}
+    manifest = surgery.manifest(case.model, case.kept)
+    assert manifest["size"]["bytes"] == sum(map(len, files.values()))
+    bits = numel = 0
+    for name, layer in weight_layers(case.model).items():
+        q, source = layer.weight_quantizer, layer.source().detach()
+        assert q is not None
+        stored, tables = q.stored(source), q.grid(source).tables()
+        read = {part: held.unpack(files[f"{name}.weight.{part}"]) for part, held in stored.items()}
+        assert q.restored(read).equal(q.codes(source)), name
+        entry = manifest["weights"][f"{name}.weight"]
+        assert entry["stored_bits"] == sum(p.bits for p in (*stored.values(), *tables.values()))
+        assert entry["scale_bits"] == sum(p.bits for p in tables.values())
+        bits, numel = bits + entry["stored_bits"], numel + entry["numel"]
+    shared = sum(part.bits for name, part in parts.items() if not isinstance(name, str))
+    if numel:
+        assert manifest["size"]["bits_per_weight"] == pytest.approx((bits + shared) / numel)
 
 
 def test_state_dict_carries_everything(case: Case, tmp_path: Path) -> None:

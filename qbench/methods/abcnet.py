@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from qbench.methods.shared.binary import Slope
 from qbench.quant import ops, quantizer
+from qbench.quant.grid import Planes, planes
 from qbench.quant.layers import QuantLayer
-from qbench.quant.quantizer import Codes, Quantizer, check_bits
+from qbench.quant.quantizer import Quantizer, check_bits
 
 # Table S4, for ResNet-18, by (M, N), where it is not even from -1 to 1 (u, Eq. 4) or from -1.5 to 1.5 (v). The paper is
 # silent on other pairs.
@@ -69,13 +70,9 @@ class BinaryBases(Quantizer):
         self.slope = Slope(gradient)
         self.register_buffer("u", torch.tensor(u))
 
-    @property
-    def levels(self) -> int:
-        return int(self.bits) + 1
-
-    def shifted(self, w: Tensor) -> Tensor:
-        """w - mean + u_m std, [M, *weight]."""
-        return w - w.mean() + self.u.view(-1, *[1] * w.dim()) * w.std(unbiased=False)
+    def thresholds(self, w: Tensor) -> Tensor:
+        """mean - u_m std, [M, 1, ...]."""
+        return w.mean() - self.u.view(-1, *[1] * w.dim()) * w.std(unbiased=False)
 
     def coefficients(self, w: Tensor, bases: Tensor) -> Tensor:
         """alpha, [M, 1, ...], from the normal equations in float64."""
@@ -85,7 +82,7 @@ class BinaryBases(Quantizer):
         return alpha.to(w.dtype).view(-1, *[1] * w.dim())
 
     def quantize(self, x: Tensor) -> Tensor:
-        shifted = self.shifted(x.detach())
+        shifted = x.detach() - self.thresholds(x.detach())
         with torch.autocast(x.device.type, enabled=False):
             bases = ops.sign_value(shifted)
             alpha = self.coefficients(x.detach(), bases)
@@ -93,14 +90,12 @@ class BinaryBases(Quantizer):
         return ops.straight_through(x * slope, (alpha * bases).sum(0))
 
     @torch.no_grad()
-    def codes(self, x: Tensor) -> Codes:
-        """The M bases as planes of -1 and +1, with alpha as coefficients."""
-        w = x.float()
-        bases = ops.sign_value(self.shifted(w))
-        return Codes("planes", bases.to(torch.int8), {"coefficients": self.coefficients(w, bases)})
-
-    def stored_bits(self, weight: Tensor) -> tuple[float, float]:
-        return float(weight.numel() * self.bits), 32.0 * self.bits
+    def grid(self, x: Tensor | None = None) -> Planes:
+        """The M bases; their thresholds are of the weight too, and none has to be stored."""
+        if x is None:
+            return planes(None, thresholds=-self.u, q=int(self.bits))
+        thresholds = self.thresholds(x)
+        return planes(self.coefficients(x, ops.sign_value(x - thresholds)), thresholds)
 
 
 class BinaryActivations(Quantizer):
@@ -138,9 +133,8 @@ class BinaryActivations(Quantizer):
         self.slope = Slope(gradient, clip=0.5)
         self.v, self.beta = nn.Parameter(torch.tensor(v)), nn.Parameter(torch.ones(self.bits))
 
-    @property
-    def levels(self) -> int:
-        return int(self.bits) + 1
+    def grid(self, x: Tensor | None = None) -> Planes:
+        return planes(self.beta, thresholds=0.5 - self.v.detach())
 
     def quantize(self, x: Tensor) -> Tensor:
         parts = [b * self._sign(x, v) for b, v in zip(self.beta, self.v, strict=True)]
@@ -152,7 +146,7 @@ class BinaryActivations(Quantizer):
         if quantizer.fast is not None and x.dim() > 1 and quantizer.fast.takes(x):
             shift = (0.5 - v).expand(x.shape[1])
             return quantizer.fast.quantize(x, self.slope.kernel(shift))  # type: ignore[no-any-return]
-        return self.slope.sign(x + v - 0.5)
+        return self.slope.sign(x - (0.5 - v))
 
     def traces(self) -> dict[str, float]:
         named = {"v": self.v, "beta": self.beta}

@@ -2,13 +2,12 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from qbench.methods.shared.binary import Slope, mean_magnitude
-from qbench.quant import ops
+from qbench.quant.grid import Planes, signs
 from qbench.quant.layers import QuantLayer
-from qbench.quant.quantizer import Codes, Quantizer, check_bits
+from qbench.quant.quantizer import Quantizer, check_bits
 
 
 class SignWeight(Quantizer):
@@ -44,11 +43,7 @@ class SignWeight(Quantizer):
     def alike(self) -> Any:
         return self.slope.alike(), self.scale
 
-    def codes(self, x: Tensor) -> Codes:
-        """One plane of -1 and +1; its coefficient is 1 or mean|w|."""
-        w = x.detach().float()
-        alpha = mean_magnitude(w) if self.scale else torch.ones((), device=w.device)
-        return Codes("planes", ops.sign_value(w).to(torch.int8)[None], {"coefficients": alpha[None]})
-
-    def stored_bits(self, weight: Tensor) -> tuple[float, float]:
-        return float(weight.numel()), 32.0 * weight.shape[0] * self.scale
+    def grid(self, x: Tensor | None = None) -> Planes:
+        if not self.scale:
+            return signs(1.0)
+        return signs(None if x is None else mean_magnitude(x.detach()))

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from qbench.methods.shared.binary import Slope
 from qbench.quant import ops
+from qbench.quant.grid import Planes, signs
 from qbench.quant.layers import QuantLayer, quant_layers
 from qbench.quant.method import Hook, State
-from qbench.quant.quantizer import Codes, Quantizer, check_bits, check_choice
+from qbench.quant.packing import Part
+from qbench.quant.quantizer import Quantizer, check_bits, check_choice
 
 EVALUATE = ("binary", "real")
 
@@ -47,6 +49,8 @@ class BinaryConnect(Quantizer):
     Errors: ValueError on bits other than 1, h not above 0, an unknown `evaluate`.
     Reference: arXiv 1511.00363, Eq. 1-3, Algorithm 1
     """
+
+    told = ("stochastic", "h", "evaluate")
 
     def __init__(
         self,
@@ -85,16 +89,15 @@ class BinaryConnect(Quantizer):
             hat = torch.where(u < (x / self.h + 1) / 2, 1.0, -1.0)  # u in [0, 1) does the clipping
         return self.slope.pass_through(x, self.h * hat, self.h)
 
-    def codes(self, x: Tensor) -> Codes:
-        """One plane of -1 and +1 with the coefficient H."""
-        sign = ops.sign_value(x.detach().float()).to(torch.int8)
-        return Codes("planes", sign[None], {"coefficients": torch.full([1] * (x.dim() + 1), self.h, device=x.device)})
+    def grid(self, x: Tensor | None = None) -> Planes:
+        return signs(1.0 if self.h == 1 else torch.tensor(self.h, device=None if x is None else x.device))
 
-    def stored_bits(self, weight: Tensor) -> tuple[float, float]:
-        return weight.numel() * (32.0 if self.evaluate == "real" else 1.0), 0.0 if self.h == 1 else 32.0
+    def stored(self, x: Tensor) -> dict[str, Part]:
+        """With evaluate=real the net that is evaluated is one of 32 bits."""
+        return super().stored(x) if self.evaluate == "binary" else {"weights": Part(x.detach().float())}
 
-    def describe(self) -> dict[str, Any]:
-        return super().describe() | {"stochastic": self.stochastic, "h": self.h, "evaluated_with": self.evaluate}
+    def restored(self, parts: dict[str, Part]) -> Tensor:
+        return self.codes(parts["weights"].numbers) if "weights" in parts else super().restored(parts)
 
 
 class Latents(Hook):

@@ -25,6 +25,8 @@ class BinaryActivation(Sign):
     Reference: arXiv 1602.02830, Eq. 1, 2 and 4
     """
 
+    told = (*Sign.told, "stochastic")
+
     def __init__(
         self,
         layer: nn.Module,
@@ -48,9 +50,6 @@ class BinaryActivation(Sign):
 
     def kernel(self, shape: torch.Size) -> Kernel | None:
         return None if self.stochastic and self.training else super().kernel(shape)
-
-    def describe(self) -> dict[str, Any]:
-        return super().describe() | {"stochastic": self.stochastic}
 
 
 def ap2(x: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from qbench.quant import ops
-from qbench.quant.quantizer import Codes, Kernel, Quantizer, check_bits, check_choice
+from qbench.quant.grid import Affine, affine
+from qbench.quant.quantizer import Kernel, Quantizer, check_bits, check_choice
 
 
 @ops.formula
@@ -58,22 +59,20 @@ class DoReFaActivation(Quantizer):
     def __init__(self, layer: nn.Module, site: str, *, bits: int, bound: str = "clip") -> None:
         super().__init__()
         self.bits = check_bits(bits, 1, 16)
+        self.n = 2**self.bits - 1
         self.bound = check_choice("bound", bound, ("clip", "abs"))
 
     def bypass(self, x: Tensor) -> Tensor:
         return x.relu()
 
     def quantize(self, x: Tensor) -> Tensor:
-        return _Bounded.apply(x, self.levels - 1, self.bound)  # type: ignore[no-any-return]
+        return _Bounded.apply(x, self.n, self.bound)  # type: ignore[no-any-return]
 
     def kernel(self, shape: torch.Size) -> Kernel | None:
-        return Kernel("clip", 1.0, steps=self.levels - 1, closed=True) if self.bound == "clip" else None
+        return Kernel("clip", 1.0, steps=self.n, closed=True) if self.bound == "clip" else None
 
-    def codes(self, x: Tensor) -> Codes:
-        """Codes 0..n with step 1 / n."""
-        n = self.levels - 1
-        codes = (self.quantize(x.detach().float()) * n).round().to(torch.int32)
-        return Codes("affine", codes, {"step": torch.tensor(1 / n, device=x.device)})
+    def grid(self, x: Tensor | None = None) -> Affine:
+        return affine(1 / self.n, 0, self.n)
 
 
 class DoReFaError(Quantizer):
@@ -97,16 +96,20 @@ class DoReFaError(Quantizer):
     def __init__(self, layer: nn.Module, site: str, *, bits: int) -> None:
         super().__init__()
         self.bits = check_bits(bits, 1, 16)
+        self.n = 2**self.bits - 1
 
     def quantize(self, x: Tensor) -> Tensor:
-        return self.codes(x).values()
-
-    def codes(self, x: Tensor) -> Codes:
-        """Codes 0..n, zero n/2, and one step of 2 m / n per image."""
-        x, n = x.detach().float(), self.levels - 1
-        m = x.abs().amax(dim=tuple(range(1, x.dim())), keepdim=True)
-        z = (x / m.clamp_min(torch.finfo(x.dtype).tiny)).add_(1).mul_(n / 2)
+        m = _largest(x)
+        z = (x / m.clamp_min(torch.finfo(x.dtype).tiny)).add_(1).mul_(self.n / 2)
         if self.training:
             z += torch.rand(x.shape, generator=self.generator, device=x.device, dtype=x.dtype).sub_(0.5)
-        codes = z.clamp_(0, n).round_()
-        return Codes("affine", codes, {"step": m * (2 / n), "zero": torch.tensor(n / 2, device=x.device)})
+        return z.clamp_(0, self.n).round_().sub_(self.n / 2).mul_(m * (2 / self.n))
+
+    def grid(self, x: Tensor | None = None) -> Affine:
+        """Codes 0..n, zero n/2, and one step of 2 m / n per image."""
+        return affine(None if x is None else _largest(x) * (2 / self.n), 0, self.n, zero=self.n / 2)
+
+
+def _largest(x: Tensor) -> Tensor:
+    """m of each image, [N, 1, ...]."""
+    return x.detach().abs().amax(dim=tuple(range(1, x.dim())), keepdim=True)

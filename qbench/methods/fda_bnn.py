@@ -6,9 +6,10 @@ from torch.nn import functional as F
 
 from qbench.methods.shared.binary import Slope
 from qbench.quant import ops, quantizer
+from qbench.quant.grid import Planes, signs
 from qbench.quant.layers import QuantLayer
 from qbench.quant.method import Hook, State
-from qbench.quant.quantizer import Codes, Kernel, Quantizer, check_bits, check_choice
+from qbench.quant.quantizer import Kernel, Quantizer, check_bits, check_choice
 
 SHORTCUTS = {"none": torch.zeros_like, "linear": lambda t: t, "sine": torch.sin}
 
@@ -88,6 +89,9 @@ class FourierInput(Quantizer):
     def quantize(self, x: Tensor) -> Tensor:
         return self.sign(x.movedim(1, -1)).movedim(-1, 1)  # type: ignore[no-any-return]
 
+    def grid(self, x: Tensor | None = None) -> Planes:
+        return signs(1.0, thresholds=0.0)
+
 
 class FourierWeight(Quantizer):
     """w_hat = E|w| sign(w), one scale per layer, with the gradient of `FourierSign`: dL/dw = g z'(w), no scale in it.
@@ -105,14 +109,8 @@ class FourierWeight(Quantizer):
         z = self.sign(x.flatten(1)).view_as(x)
         return ops.straight_through(z, z.detach() * x.detach().abs().mean())
 
-    def codes(self, x: Tensor) -> Codes:
-        """One plane of -1 and +1, with E|w| as its coefficient."""
-        w = x.detach().float()
-        plane = ops.sign_value(w).to(torch.int8)[None]
-        return Codes("planes", plane, {"coefficients": w.abs().mean().view(1, *[1] * w.dim())})
-
-    def stored_bits(self, weight: Tensor) -> tuple[float, float]:
-        return float(weight.numel()), 32.0
+    def grid(self, x: Tensor | None = None) -> Planes:
+        return signs(None if x is None else x.detach().abs().mean())
 
 
 class PReLU(nn.Module):

@@ -2,7 +2,7 @@
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -12,9 +12,11 @@ from torch.autograd.function import once_differentiable
 from qbench.methods.shared import xor_spec
 from qbench.methods.shared.xor_spec import XorSpec
 from qbench.quant import ops
+from qbench.quant.grid import Planes, planes
 from qbench.quant.layers import QuantLayer, quant_layers
 from qbench.quant.method import Hook, State
-from qbench.quant.quantizer import Codes, Quantizer, check_choice
+from qbench.quant.packing import Part
+from qbench.quant.quantizer import Quantizer, check_choice
 
 MODES = ("flexor", "ste", "analog")
 
@@ -213,26 +215,29 @@ class FleXOR(Quantizer):
                 hats[i] = hat
         return hats
 
-    def codes(self, x: Tensor) -> Codes:
-        """The decoded bits as planes of -1 and +1, with alpha as coefficients."""
-        with torch.no_grad():
-            planes = self.planes(decode(x.float(), self.s, self.matrix))
-        return Codes("planes", planes.to(torch.int8), {"coefficients": self.alpha.detach()})
+    def grid(self, x: Tensor | None = None) -> Planes:
+        return planes(self.alpha)
+
+    @torch.no_grad()
+    def codes(self, x: Tensor) -> Tensor:
+        """Of the decoded bits, which values alone would not tell where two sums of alphas are equal."""
+        return Planes.join(self.planes(decode(x.float(), self.s, self.matrix)) > 0)
+
+    def stored(self, x: Tensor) -> dict[str, Part]:
+        """The encrypted bits [q, slices, n_in]."""
+        return {"encrypted": Part((x.detach() >= 0).to(torch.int32), 1)}
+
+    def restored(self, parts: dict[str, Part]) -> Tensor:
+        return self.codes(parts["encrypted"].numbers.to(self.alpha.device) - 0.5)
+
+    def shared(self) -> dict[Hashable, Part]:
+        """The wiring M [q, n_out, n_in]."""
+        return {self.spec: Part(self.matrix.to(torch.int32), 1)}
 
     def gradient_share(self, x: Tensor) -> Tensor:
         """1 - tanh^2(s * x), for mode=ste 1; 0 for stored bits that reach no gate."""
         share = torch.ones_like(x) if self.mode == "ste" else 1 - torch.tanh(self.s * x).square()
         return share * (self.matrix.sum(1, keepdim=True) > 0)
-
-    @property
-    def levels(self) -> int:
-        return int(2**self.spec.q)
-
-    def stored_bits(self, weight: Tensor) -> tuple[float, float]:
-        return float(weight.numel()), 32.0 * self.alpha.numel()
-
-    def shared_bits(self) -> dict[Any, float]:
-        return {self.spec: float(self.matrix.numel())}
 
     def traces(self) -> dict[str, float]:
         return {"alpha": float(self.alpha.detach().mean()), "s_tanh": float(self.s)}

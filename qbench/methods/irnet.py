@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from qbench.methods.shared.binary import Slope
-from qbench.quant import ops
+from qbench.quant.grid import Planes, signs
 from qbench.quant.layers import QuantLayer
-from qbench.quant.quantizer import Codes, Quantizer, check_bits
+from qbench.quant.quantizer import Quantizer, check_bits
 
 
 def standardize(w: Tensor) -> Tensor:
@@ -55,10 +55,5 @@ class LibraWeight(Quantizer):
     def alike(self) -> Any:
         return self.slope.alike(), self.shift
 
-    def codes(self, x: Tensor) -> Codes:
-        """One plane of -1 and +1, with 2^s as its coefficient."""
-        z = standardize(x.detach().float())
-        return Codes("planes", ops.sign_value(z).to(torch.int8)[None], {"coefficients": self.scale(z)[None]})
-
-    def stored_bits(self, weight: Tensor) -> tuple[float, float]:
-        return float(weight.numel()), 32.0 * weight.shape[0]
+    def grid(self, x: Tensor | None = None) -> Planes:
+        return signs(None if x is None else self.scale(standardize(x.detach())))

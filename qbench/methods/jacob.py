@@ -4,9 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from qbench.quant import quantizer, ranges
+from qbench.quant.grid import Affine
 from qbench.quant.layers import QuantLayer, quant_layers
 from qbench.quant.method import Hook, State
-from qbench.quant.quantizer import Kernel, Quantizer, check_choice
+from qbench.quant.quantizer import Quantizer, check_choice
 from qbench.quant.uniform import UniformGrid
 
 
@@ -23,9 +24,11 @@ class Weight(UniformGrid):
         super().__init__(layer, site, bits=bits, restricted=True, per_channel=per_channel)
 
     @torch.no_grad()
-    def grid(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        lo, hi = ranges.minmax(self.rows(x.detach()))
-        return ranges.grid(lo.reshape(self.shape), hi.reshape(self.shape), self.bounds, self.symmetric)
+    def grid(self, x: Tensor | None = None) -> Affine:
+        """That of the weight; -1..1 stands for its range where there is none."""
+        ends = torch.tensor([-1.0, 1.0]) if x is None else self.rows(x.detach())
+        lo, hi = (end.expand(self.shape) if x is None else end.reshape(self.shape) for end in ranges.minmax(ends))
+        return self._between(*ranges.grid(lo, hi, self.bounds, self.symmetric), dynamic=x is None)
 
 
 class Activation(UniformGrid):
@@ -58,10 +61,10 @@ class Activation(UniformGrid):
         self.register_buffer("lo", torch.tensor(torch.inf))  # infinite: no batch seen yet
         self.register_buffer("hi", torch.tensor(-torch.inf))
 
-    def grid(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def grid(self, x: Tensor | None = None) -> Affine:
         """The grid of the averages; before any batch it is that of -1..1."""
         lo, hi = torch.where(self.lo.isinf(), -1.0, self.lo), torch.where(self.hi.isinf(), 1.0, self.hi)
-        return ranges.grid(lo, hi, self.bounds, self.symmetric)
+        return self._between(*ranges.grid(lo, hi, self.bounds, self.symmetric))
 
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:
@@ -82,10 +85,6 @@ class Activation(UniformGrid):
         if self.training and self.enabled:
             self._train(x)
         return super().forward(x)
-
-    def kernel(self, shape: torch.Size) -> Kernel:
-        (step, zero), (lo, hi) = self.grid(self.lo), self.bounds
-        return Kernel("grid", step.item(), lo=lo, hi=hi, zero=zero.item())
 
     def bypass(self, x: Tensor) -> Tensor:
         if self.training and torch.is_grad_enabled():  # without gradients it is calibration, which counts by itself
@@ -155,6 +154,10 @@ class FoldedLayer(QuantLayer):
         self.fold = check_choice("fold", fold, ("jacob", "krishnamoorthi"))
         self.bn, self.floor, self.frozen = pair, floor, False
 
+    @property
+    def folded_norm(self) -> nn.Module:  # type: ignore[override]
+        return self.bn
+
     def set_weight_quantizer(self, quantizer: Quantizer) -> None:
         """Attach a weight quantizer; its range is that of the folded weight, its latent the weight itself."""
         with torch.no_grad():
@@ -178,6 +181,9 @@ class FoldedLayer(QuantLayer):
     def source(self) -> Tensor:
         """The float weight that inference quantizes."""
         return self.folded()[0]
+
+    def inference_bias(self) -> Tensor:
+        return self.folded()[1]
 
     def quantized_weight(self) -> Tensor:
         """The folded weight of inference on its grid."""

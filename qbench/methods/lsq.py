@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from qbench.quant import ops
-from qbench.quant.quantizer import Codes, Kernel, Quantizer, check_bits, check_choice
+from qbench.quant.grid import Affine, affine
+from qbench.quant.quantizer import Kernel, Quantizer, check_bits, check_choice
 
 SMALLEST = 1e-6  # the step is read as at least this: the optimizer may carry it to 0 or below
 
@@ -109,11 +110,9 @@ class LSQ(Quantizer):
         lo, hi = self.bounds
         return Kernel("learned", max(self.step.item(), SMALLEST), (self.step,), lo=lo, hi=hi, slope=self.slope(shape))
 
-    def codes(self, x: Tensor) -> Codes:
+    def grid(self, x: Tensor | None = None) -> Affine:
         """Codes -Q_N..Q_P with the learned step."""
-        step = self.step.detach().clamp_min(SMALLEST)
-        codes = (x.detach().float() / step).clamp(*self.bounds).round().to(torch.int32)
-        return Codes("affine", codes, {"step": step})
+        return affine(self.step.detach().clamp_min(SMALLEST), *self.bounds)
 
     def get_extra_state(self) -> dict[str, Any]:
         return {**super().get_extra_state(), "signed": self.signed}

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from qbench.quant import ops
-from qbench.quant.quantizer import Codes, Kernel, Quantizer, check_bits
+from qbench.quant.grid import Affine, affine
+from qbench.quant.quantizer import Kernel, Quantizer, check_bits
 
 SMALLEST = 1e-3  # alpha is read as at least this: its decay may pull it to 0, and a step of 0 divides by 0
 PAPER = 10.0  # the initial alpha of the paper's Figure 2
@@ -69,6 +70,7 @@ class PACT(Quantizer):
     ) -> None:
         super().__init__()
         self.bits = check_bits(bits, 1, 16)
+        self.n = 2**self.bits - 1
         if alpha is not None and alpha <= 0:
             raise ValueError(f"alpha must be above 0, got {alpha}")
         self.calibrated = alpha is None and init != "scratch"
@@ -93,16 +95,14 @@ class PACT(Quantizer):
         self._sample = []
         if (largest := x.max()) > 0:  # else no image excites this layer, and the paper's value stays
             tries = largest * torch.linspace(1 / 64, 1, 64, device=x.device)
-            errors = [(_Clip.apply(x, a, self.levels - 1) - x).square_().sum() for a in tries]
+            errors = [(_Clip.apply(x, a, self.n) - x).square_().sum() for a in tries]
             self.alpha.copy_(tries[torch.stack(errors).argmin()])
 
     def quantize(self, x: Tensor) -> Tensor:
-        return _Clip.apply(x, self.alpha, self.levels - 1)  # type: ignore[no-any-return]
+        return _Clip.apply(x, self.alpha, self.n)  # type: ignore[no-any-return]
 
     def kernel(self, shape: torch.Size) -> Kernel:
-        return Kernel("clip", max(self.alpha.item(), SMALLEST), (self.alpha,), self.levels - 1)
+        return Kernel("clip", max(self.alpha.item(), SMALLEST), (self.alpha,), self.n)
 
-    def codes(self, x: Tensor) -> Codes:
-        """Codes 0..n with step alpha / n."""
-        step = self.alpha.detach().clamp_min(SMALLEST) / (self.levels - 1)
-        return Codes("affine", (self.quantize(x.detach().float()) / step).round().to(torch.int32), {"step": step})
+    def grid(self, x: Tensor | None = None) -> Affine:
+        return affine(self.alpha.detach().clamp_min(SMALLEST) / self.n, 0, self.n)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from qbench.methods.shared.binary import Slope
+from qbench.quant.grid import Planes, signs
 from qbench.quant.layers import QuantLayer
 from qbench.quant.quantizer import Kernel, Quantizer, check_bits
 
@@ -29,6 +30,7 @@ class RSign(Quantizer):
         super().__init__()
         self.bits = check_bits(bits, 1, 1)
         self.slope = Slope(gradient)
+        self.behind = layer.weight.dim() - 2  # axes of an input behind its channels
         self.alpha = nn.Parameter(torch.zeros(layer.weight.shape[1] * getattr(layer, "groups", 1)))
 
     def quantize(self, x: Tensor) -> Tensor:
@@ -36,6 +38,9 @@ class RSign(Quantizer):
 
     def kernel(self, shape: torch.Size) -> Kernel:
         return self.slope.kernel(self.alpha)
+
+    def grid(self, x: Tensor | None = None) -> Planes:
+        return signs(1.0, thresholds=self.alpha.detach().view(-1, *[1] * self.behind))
 
 
 class RPReLU(nn.Module):

@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from qbench.methods.shared.binary import Sign, Slope
 from qbench.quant import ops
+from qbench.quant.grid import Planes, signs
 from qbench.quant.layers import QuantLayer
 from qbench.quant.method import Hook, State
-from qbench.quant.quantizer import Codes, Kernel, Quantizer, check_bits, check_choice
+from qbench.quant.quantizer import Kernel, Quantizer, check_bits, check_choice
 
 QUANTILES = ("laplace", "empirical")
 SCALES = ("mean", "learned")
@@ -95,15 +96,10 @@ class ReCUWeight(Quantizer):
         v = self.clamped(x)
         return self.slope.sign(v) * (self.magnitude(v) if self.alpha is None else self.alpha)
 
-    @torch.no_grad()
-    def codes(self, x: Tensor) -> Codes:
-        """One plane of -1 and +1, with alpha as its coefficient."""
-        v = self.clamped(x.float())
-        alpha = self.magnitude(v) if self.alpha is None else self.alpha.detach()
-        return Codes("planes", ops.sign_value(v).to(torch.int8)[None], {"coefficients": alpha[None]})
-
-    def stored_bits(self, weight: Tensor) -> tuple[float, float]:
-        return float(weight.numel()), 32.0 * weight.shape[0]
+    def grid(self, x: Tensor | None = None) -> Planes:
+        if self.alpha is not None:
+            return signs(self.alpha)
+        return signs(None if x is None else self.magnitude(self.clamped(x.detach())))
 
     def traces(self) -> dict[str, float]:
         return super().traces() | {"tau": float(self.tau)}

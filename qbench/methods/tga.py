@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from qbench.quant.grid import Affine, affine
 from qbench.quant.layers import QuantLayer, quant_layers
 from qbench.quant.method import Hook, State
-from qbench.quant.quantizer import Codes, Quantizer, check_bits
+from qbench.quant.quantizer import Quantizer, check_bits
 
 
 def tail_mean(a: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,6 +57,7 @@ class TGA(Quantizer):
     """
 
     idempotent = False  # sigma of the ternary weights is another one
+    told = ("threshold",)
 
     def __init__(self, layer: QuantLayer, site: str, *, bits: float = 2, threshold: float = 0.05) -> None:
         super().__init__()
@@ -73,17 +75,9 @@ class TGA(Quantizer):
         return _Ternary.apply(x, self.delta)  # type: ignore[no-any-return, no-untyped-call]
 
     @torch.no_grad()
-    def codes(self, x: Tensor) -> Codes:
+    def grid(self, x: Tensor | None = None) -> Affine:
         """Codes -1, 0, +1; S is the step."""
-        hat = self(x.float())
-        return Codes("affine", hat.sign().to(torch.int8), {"step": hat.abs().amax()})
-
-    @property
-    def levels(self) -> int:
-        return 3
-
-    def describe(self) -> dict[str, Any]:
-        return super().describe() | {"threshold": self.threshold}
+        return affine(None if x is None else self.quantize(x).abs().amax(), -1, 1)
 
 
 class PositiveThresholds(Hook):

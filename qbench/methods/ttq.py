@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from qbench.quant.grid import Book, book
 from qbench.quant.layers import QuantLayer, quant_layers
 from qbench.quant.method import Hook, State
-from qbench.quant.quantizer import Codes, Quantizer, check_bits, check_choice
+from qbench.quant.quantizer import Quantizer, check_bits, check_choice
 
 STARTS = ("one", "mean")
 
@@ -50,6 +51,8 @@ class TTQ(Quantizer):
     Reference: arXiv 1612.01064, Eq. 6-9
     """
 
+    told = ("t", "sparsity")
+
     def __init__(
         self,
         layer: QuantLayer,
@@ -65,14 +68,15 @@ class TTQ(Quantizer):
         for name, value in (("t", t), ("sparsity", sparsity)):
             if value is not None and not 0 <= value < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, got {value!r}")
-        self.t, self.sparsity, self.start = t, sparsity, check_choice("start", start, STARTS)
+        self.t, self.sparsity = t if sparsity is None else None, sparsity
+        self.start = check_choice("start", start, STARTS)
         self.wp, self.wn = nn.Parameter(torch.ones(())), nn.Parameter(torch.ones(()))
 
     def threshold(self, w: Tensor) -> Tensor:
         """Delta, a 0-dim tensor without gradient."""
         a = w.detach().abs()
         if self.sparsity is None:
-            return self.t * a.amax()
+            return self.t * a.amax()  # type: ignore[operator]
         zeros = round(self.sparsity * a.numel())
         return a.flatten().kthvalue(zeros).values if zeros else a.new_zeros(())
 
@@ -86,19 +90,9 @@ class TTQ(Quantizer):
     def quantize(self, x: Tensor) -> Tensor:
         return _Ternary.apply(x, self.threshold(x), self.wp, self.wn)  # type: ignore[no-any-return, no-untyped-call]
 
-    @torch.no_grad()
-    def codes(self, x: Tensor) -> Codes:
-        """Codes -1, 0, +1: indices into (0, Wp, -Wn), the last of which is -1 too."""
-        w, delta = x.float(), self.threshold(x.float())
-        book = torch.stack([torch.zeros_like(self.wp), self.wp, -self.wn])
-        return Codes("codebook", (w > delta).to(torch.int8) - (w < -delta).to(torch.int8), {"codebook": book})
-
-    @property
-    def levels(self) -> int:
-        return 3
-
-    def describe(self) -> dict[str, Any]:
-        return super().describe() | ({"t": self.t} if self.sparsity is None else {"sparsity": self.sparsity})
+    def grid(self, x: Tensor | None = None) -> Book:
+        """Codes 0, 1 and 2 are -Wn, 0 and +Wp."""
+        return book(torch.stack([-self.wn, torch.zeros_like(self.wp), self.wp]), fixed=(1,))
 
 
 class PositiveScales(Hook):

@@ -1,13 +1,12 @@
 """Ternary weight networks: -alpha, 0, +alpha by a threshold on |w|. Reference: arXiv 1605.04711"""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from qbench.quant import ops
+from qbench.quant.grid import Affine, affine
 from qbench.quant.layers import QuantLayer
-from qbench.quant.quantizer import Codes, Quantizer, check_bits, check_choice
+from qbench.quant.quantizer import Quantizer, check_bits, check_choice
 
 RULES = ("mean", "max", "optimal")
 GRANULARITIES = ("filter", "layer")
@@ -33,6 +32,8 @@ class TernaryWeight(Quantizer):
     Errors: ValueError on bits other than 2, an unknown rule or `per`, a factor that is not above 0.
     Reference: arXiv 1605.04711v3, Eq. 2-7 and Algorithm 1
     """
+
+    told = ("rule", "factor")
 
     def __init__(
         self,
@@ -82,17 +83,6 @@ class TernaryWeight(Quantizer):
         t, alpha = self.ternary(x)
         return ops.straight_through(x, alpha * t)
 
-    def codes(self, x: Tensor) -> Codes:
+    def grid(self, x: Tensor | None = None) -> Affine:
         """Codes -1, 0, +1; alpha is the step."""
-        t, alpha = self.ternary(x.float())
-        return Codes("affine", t.to(torch.int8), {"step": alpha})
-
-    @property
-    def levels(self) -> int:
-        return 3
-
-    def stored_bits(self, weight: Tensor) -> tuple[float, float]:
-        return 2.0 * weight.numel(), 32.0 * (weight.shape[0] if self.per == "filter" else 1)
-
-    def describe(self) -> dict[str, Any]:
-        return super().describe() | {"rule": self.rule, "factor": self.factor}
+        return affine(None if x is None else self.ternary(x)[1], -1, 1)

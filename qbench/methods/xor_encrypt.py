@@ -1,6 +1,7 @@
 """Lossless XOR-gate encryption of pruned binary codes, after training. Reference: arXiv 1905.10138"""
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,8 +10,10 @@ from torch import Tensor, nn
 
 from qbench.methods.shared import xor_spec
 from qbench.methods.shared.xor_spec import XorSpec
+from qbench.quant.grid import Planes, planes
 from qbench.quant.layers import QuantLayer
-from qbench.quant.quantizer import Codes, Quantizer, check_bits
+from qbench.quant.packing import Part
+from qbench.quant.quantizer import Quantizer, check_bits
 
 ROUNDS = 10  # of the alternating fit; a plane or two settle in three
 MOST_INPUTS = 62  # an equation is kept in one integer: its inputs and its right-hand side
@@ -23,18 +26,35 @@ class Encrypted:
     seeds: Tensor
     patches: Tensor
 
-    def bits(self) -> tuple[int, int]:
-        """(bits of the seeds, bits of the patches): per slice their number in a field that holds the largest, and
-        ceil(log2 n_out) bits for the place of each."""
+    def parts(self) -> dict[str, Part]:
+        """The seeds; of the patches, where there are any, the number in each slice and the place of each."""
+        found = {"seeds": Part(self.seeds.to(torch.int32), 1)}
         counts = self.patches.sum(1)
-        field = int(counts.max()).bit_length()
-        place = (self.patches.shape[1] - 1).bit_length()
-        return self.seeds.numel(), len(counts) * field + int(counts.sum()) * place
+        if counts.any():
+            places = self.patches.nonzero()[:, 1]
+            found["patch_counts"] = Part(counts, int(counts.max()).bit_length())
+            found["patches"] = Part(places, max(1, (self.patches.shape[1] - 1).bit_length()))
+        return found
+
+    @classmethod
+    def of(cls, parts: dict[str, Part], n_out: int) -> "Encrypted":
+        """The inverse of `parts`."""
+        seeds = parts["seeds"].numbers.bool()
+        patches = torch.zeros(len(seeds), n_out, dtype=torch.bool)
+        if "patches" in parts:
+            rows = torch.arange(len(seeds)).repeat_interleave(parts["patch_counts"].numbers)
+            patches[rows, parts["patches"].numbers] = True
+        return cls(seeds, patches)
 
 
 def rows_of(spec: XorSpec) -> list[int]:
     """The equations of the gates: bit i of a row says whether the gate reads input i."""
     return [sum(1 << i for i in row) for row in xor_spec.wiring(spec, 0)]
+
+
+def matrix_of(spec: XorSpec) -> Tensor:
+    """The gates as zeros and ones, int64 [n_out, n_in]."""
+    return torch.tensor(rows_of(spec)).unsqueeze(1) >> torch.arange(spec.n_in) & 1
 
 
 def encrypt(bits: Tensor, care: Tensor, spec: XorSpec) -> Encrypted:
@@ -62,26 +82,49 @@ def encrypt(bits: Tensor, care: Tensor, spec: XorSpec) -> Encrypted:
 
 def decrypt(encrypted: Encrypted, spec: XorSpec) -> Tensor:
     """M x over GF(2), patches flipped: bool [slices, n_out]; where nobody cares the bits are whatever comes out."""
-    matrix = (torch.tensor(rows_of(spec)).unsqueeze(1) >> torch.arange(spec.n_in) & 1).float()
-    return ((encrypted.seeds.float() @ matrix.T) % 2).bool() ^ encrypted.patches
+    return ((encrypted.seeds.float() @ matrix_of(spec).float().T) % 2).bool() ^ encrypted.patches
 
 
-def mask_bits(kept: Tensor) -> int:
-    """Bits that say which weights are kept: the shorter of one bit each and Rice-coded gaps (5 bits: its parameter).
+def mask_parts(kept: Tensor) -> dict[str, Part]:
+    """Which weights are kept: the shorter of one bit each and Rice-coded gaps, whose parameter k takes 5 bits.
 
-    A gap g, the number of pruned weights before a kept one, takes g >> k zeros, a one and k bits.
+    A gap g, the number of pruned weights before a kept one, takes g >> k zeros, a one and the k lowest bits of g, the
+    lowest first.
     """
     places = torch.cat([torch.tensor([-1]), kept.flatten().nonzero().flatten().cpu()])
     gaps = places.diff() - 1
     rice = [int((gaps >> k).sum()) + len(gaps) * (1 + k) for k in range(32)]
-    return int(min(kept.numel(), min(rice) + 5))
+    k = rice.index(min(rice))
+    if rice[k] + 5 >= kept.numel():
+        return {"mask": Part(kept.flatten().to(torch.int32), 1)}
+    bits = torch.zeros(rice[k], dtype=torch.int32)
+    ones = ((gaps >> k) + 1 + k).cumsum(0) - 1 - k
+    bits[ones] = 1
+    for i in range(k):
+        bits[ones + 1 + i] = (gaps >> i & 1).int()
+    return {"gaps": Part(bits, 1), "rice": Part(torch.tensor([k]), 5)}
+
+
+def mask_of(parts: dict[str, Part], shape: torch.Size) -> Tensor:
+    """The inverse of `mask_parts`, bool of `shape`."""
+    if "mask" in parts:
+        return parts["mask"].numbers.bool().view(shape)
+    bits, k = parts["gaps"].numbers.tolist(), int(parts["rice"].numbers)
+    steps, place = [], 0
+    while place < len(bits):
+        one = bits.index(1, place)
+        steps.append(((one - place) << k) + sum(bits[one + 1 + i] << i for i in range(k)) + 1)
+        place = one + 1 + k
+    kept = torch.zeros(shape.numel(), dtype=torch.bool)
+    kept[torch.tensor(steps, dtype=torch.long).cumsum(0) - 1] = True
+    return kept.view(shape)
 
 
 class PrunedCode(Quantizer):
     """W = mask * sum_i alpha_i b_i with b_i in {-1, +1}, one alpha per output channel and plane, stored encrypted.
 
     Calibration keeps the round((1 - sparsity) * n) largest weights of the layer and fits alpha and b to them by turns:
-    b is the nearest value, alpha the least-squares scale. `stored_bits` encrypts the planes, slice by slice of n_out
+    b is the nearest value, alpha the least-squares scale. `stored` encrypts the planes, slice by slice of n_out
     weights, decodes them again, and counts seeds, patches and mask; the forward pass needs none of that, since nothing
     is lost. The mask is coded apart: the gates alone cannot say which weights are pruned.
 
@@ -156,13 +199,16 @@ class PrunedCode(Quantizer):
     def quantize(self, x: Tensor) -> Tensor:
         return (self.signs(x) * self.alpha).sum(0) + self.mask * (x - x.detach())
 
-    def codes(self, x: Tensor) -> Codes:
-        """Planes of -1 and +1, 0 in all of them where a weight is pruned, with alpha as coefficients."""
-        return Codes("planes", self.signs(x.detach().float()).to(torch.int8), {"coefficients": self.alpha.detach()})
+    def grid(self, x: Tensor | None = None) -> Planes:
+        return planes(self.alpha, pruned=True)
 
-    @property
-    def levels(self) -> int:
-        return (1 << self.planes) + 1
+    def codes(self, x: Tensor) -> Tensor:
+        """Of the planes, which values alone would not tell where two sums of alphas are equal."""
+        signs = self.signs(x.detach().float())
+        return self._codes(signs > 0, signs[0] != 0)
+
+    def _codes(self, bits: Tensor, kept: Tensor) -> Tensor:
+        return Planes.join(bits).masked_fill(~kept, self.grid().hi)
 
     def slices(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Bits and care of all planes, bool [planes * slices, n_out]; places beyond the weight are nobody's care.
@@ -175,26 +221,43 @@ class PrunedCode(Quantizer):
         signs = signs.view(self.planes, self.spec.n_out, -1).mT.flatten(0, 1)
         return signs > 0, signs != 0
 
-    def stored_bits(self, weight: Tensor) -> tuple[float, float]:
-        bits, care = self.slices(weight)
-        encrypted = encrypt(bits, care, self.spec)
-        if ((decrypt(encrypted, self.spec) ^ bits) & care).any():
-            raise RuntimeError("decoding the encrypted weights gave other codes")
-        seeds, patches = encrypted.bits()
-        mask, n = mask_bits(self.mask), weight.numel()
-        parts = {"seed_bits": seeds / n, "patch_bits": patches / n, "mask_bits": mask / n}
-        parts["compression_ratio"] = self.bits * n / (seeds + patches + mask)
-        parts["compression_ratio_without_mask"] = self.planes * n / (seeds + patches)
-        self.counted = {**parts, "patches": int(encrypted.patches.sum()), "slices": len(bits)}
-        return float(seeds + patches + mask), 32.0 * self.alpha.numel()
+    def stored(self, x: Tensor) -> dict[str, Part]:
+        """Seeds, patches and mask.
 
-    def shared_bits(self) -> dict[Any, float]:
-        return {self.spec: float(self.spec.n_in * self.spec.n_out)}
+        Errors: RuntimeError where they stand for other codes.
+        """
+        encrypted = encrypt(*self.slices(x), self.spec)
+        parts = encrypted.parts() | mask_parts(self.mask)
+        if not self.restored(parts).equal(self.codes(x).cpu()):
+            raise RuntimeError("decoding the encrypted weights gave other codes")
+        share = {name: part.bits / x.numel() for name, part in parts.items()}
+        patches = share.get("patches", 0.0) + share.get("patch_counts", 0.0)
+        self.counted = {
+            "seed_bits": share["seeds"],
+            "patch_bits": patches,
+            "mask_bits": share.get("mask", 0.0) + share.get("gaps", 0.0) + share.get("rice", 0.0),
+            "compression_ratio": self.bits / sum(share.values()),
+            "compression_ratio_without_mask": self.planes / (share["seeds"] + patches),
+            "patches": int(encrypted.patches.sum()),
+            "slices": len(encrypted.seeds),
+        }
+        return parts
+
+    def restored(self, parts: dict[str, Part]) -> Tensor:
+        decoded = decrypt(Encrypted.of(parts, self.spec.n_out), self.spec).view(self.planes, -1, self.spec.n_out)
+        bits = decoded.mT.flatten(1)[:, : self.mask.numel()].view(self.planes, *self.mask.shape)
+        return self._codes(bits, mask_of(parts, self.mask.shape))
+
+    def shared(self) -> dict[Hashable, Part]:
+        """The wiring M [n_out, n_in]."""
+        return {self.spec: Part(matrix_of(self.spec), 1)}
 
     def describe(self) -> dict[str, Any]:
-        """Beside the usual: bits per weight of seeds, patches and mask, as `stored_bits` last counted them, and two
-        compression ratios: `bits` a weight, as before encryption, to the sum of these three, and the paper's, which
-        counts the mask on neither side: a bit a plane to seeds and patches."""
+        """Beside the usual: bits per weight of seeds, patches and mask, as `stored` last counted them, and two ratios.
+
+        `bits` a weight, as before encryption, to the sum of these three, and the paper's, which counts the mask on
+        neither side: a bit a plane to seeds and patches.
+        """
         keys = ("n_in", "n_out", "matrix_seed", "rank", "duplicate_rows", "unused_inputs")
         wiring = {key: value for key, value in xor_spec.facts(self.spec).items() if key in keys}
         return super().describe() | wiring | {"planes": self.planes, "sparsity": self.sparsity} | self.counted

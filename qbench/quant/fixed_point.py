@@ -1,13 +1,12 @@
 """Fixed point with round-to-nearest, floor or stochastic rounding."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from qbench.errors import UserError
 from qbench.quant import ops
-from qbench.quant.quantizer import Codes, Quantizer, check_bits, check_choice
+from qbench.quant.grid import Affine, affine
+from qbench.quant.quantizer import Quantizer, check_bits, check_choice
 
 
 class FixedPoint(Quantizer):
@@ -31,6 +30,8 @@ class FixedPoint(Quantizer):
 
     Reference: 1502.02551 Sec. 3
     """
+
+    told = ("format", "rounding")
 
     def __init__(
         self,
@@ -70,16 +71,12 @@ class FixedPoint(Quantizer):
     def quantize(self, x: Tensor) -> Tensor:
         return ops.straight_through(x, self._integers(x.detach()).mul_(2.0**-self.fraction))
 
-    def codes(self, x: Tensor) -> Codes:
-        """Two's complement integers with step 2^-FL; one draw of the noise where rounding is stochastic."""
-        step = torch.tensor(2.0**-self.fraction, device=x.device)
-        return Codes("affine", self._integers(x.detach().float()).to(torch.int32), {"step": step})
+    def grid(self, x: Tensor | None = None) -> Affine:
+        """Two's complement integers with step 2^-FL."""
+        half = 2 ** (int(self.bits) - 1)
+        return affine(2.0**-self.fraction, -half, half - 1)
 
-    def stored_bits(self, weight: Tensor) -> tuple[float, float]:
-        return float(weight.numel() * self.bits), 0.0
-
-    def describe(self) -> dict[str, Any]:
-        return super().describe() | {
-            "format": f"<{int(self.bits) - self.fraction},{self.fraction}>",
-            "rounding": self.rounding,
-        }
+    @property
+    def format(self) -> str:
+        """<IL, FL> in a manifest."""
+        return f"<{int(self.bits) - self.fraction},{self.fraction}>"

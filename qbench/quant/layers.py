@@ -19,6 +19,7 @@ class QuantLayer(nn.Module):
     Q_error.
     """
 
+    folded_norm: nn.Module | None = None  # the batch-norm whose work the weight and bias of inference do
     sees_both = False  # whether `forward` reads its input both before and after the input quantizer
 
     def __init__(self, layer: nn.Conv2d | nn.Linear) -> None:
@@ -52,6 +53,10 @@ class QuantLayer(nn.Module):
     def source(self) -> Tensor:
         """What the weight quantizer sees: the latent, or what a layer makes of it."""
         return self.weight
+
+    def inference_bias(self) -> Tensor | None:
+        """The bias that inference adds."""
+        return self.bias
 
     def quantized_weight(self) -> Tensor:
         """The weight on its grid: the one of the net-wide pass where there is one, else computed here."""

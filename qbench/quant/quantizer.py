@@ -1,13 +1,16 @@
-"""What every quantizer is: a map onto a grid, with codes that can be stored."""
+"""What every quantizer is: a map onto a grid that it names, with codes that can be stored."""
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from qbench.quant.grid import Grid
+from qbench.quant.packing import Part
 
 
 def check_bits(bits: float, lo: int = 1, hi: int = 32, name: str = "bits") -> int:
@@ -22,30 +25,6 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> str:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
     return value
-
-
-@dataclass(frozen=True)
-class Codes:
-    """Integer codes and what turns them back into values.
-
-    kind 'affine':   values = (codes - zero) * step
-    kind 'codebook': values = codebook[codes]; a code below 0 counts from the end
-    kind 'planes':   values = sum_i coefficients[i] * planes[i]; codes has shape [q, *weight], entries -1 or +1
-    `tensors` holds them, broadcastable to the weight's shape.
-    """
-
-    kind: str
-    codes: Tensor
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-
-    def values(self) -> Tensor:
-        """The dequantized tensor, float32."""
-        if self.kind == "affine":
-            zero = self.tensors.get("zero", torch.zeros((), device=self.codes.device))
-            return (self.codes.float() - zero) * self.tensors["step"]
-        if self.kind == "codebook":
-            return self.tensors["codebook"][self.codes.long()]
-        return (self.codes.float() * self.tensors["coefficients"]).sum(0)
 
 
 fast: Any = None  # the compiled kernels while they are in use: see qbench.kernels.use
@@ -85,6 +64,18 @@ class Kernel:
     slope: float = 1.0
 
 
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Within the block the module is in eval mode: a quantizer draws no random numbers and follows no statistics."""
+    modes = [(m, m.training) for m in module.modules()]
+    try:
+        module.eval()
+        yield
+    finally:
+        for m, training in modes:
+            m.training = training
+
+
 class Quantizer(nn.Module, ABC):
     """Maps a tensor onto a grid: `forward(x) -> x_hat`, same shape and dtype, computed in float32 under autocast too.
 
@@ -101,6 +92,7 @@ class Quantizer(nn.Module, ABC):
     casts: bool = False  # whether `quantize` takes and gives bf16 too, computing in float32 inside its formula
     idempotent: bool = True  # quantizing a quantized tensor changes nothing; a paper whose map is not says so
     pieces: tuple[int, int] = (1, 1)  # into how many micro-batches, and workers, the trainer divides a step's batch
+    told: tuple[str, ...] = ()  # attributes that a manifest tells too, where they are not None
     eager: str = ""  # why a step with it cannot be a CUDA graph ("reads a value on the host"); empty: it can
 
     def __init__(self) -> None:
@@ -158,26 +150,47 @@ class Quantizer(nn.Module, ABC):
         """What is trained instead of `weight`; the default is the weight itself."""
         return weight
 
-    def codes(self, x: Tensor) -> Codes:
-        """Codes of `x` (the latent, for weights). The default lists the distinct values as a codebook."""
-        book, index = torch.unique(self(x).detach().float(), return_inverse=True)
-        return Codes("codebook", index, {"codebook": book})
+    @abstractmethod
+    def grid(self, x: Tensor | None = None) -> Grid:
+        """Where the values of `quantize` lie; `x` is the tensor that is quantized (the latent, for weights).
+
+        Without `x` it is what is known without data: all there is to an activation whose range was calibrated or
+        learned. What takes a scale from the tensor itself needs `x` for that; without it the grid is `dynamic`. It is
+        that of evaluation: no random numbers, no average that moves. Nothing in it has a gradient.
+
+        """
+
+    @torch.no_grad()
+    def codes(self, x: Tensor) -> Tensor:
+        """The code of each value of `quantize(x)`, in evaluation, on `grid(x)`: int32, of the shape of x_hat."""
+        x = x.detach().float()
+        with evaluating(self):
+            return self.grid(x).codes(self.quantize(x), x)
 
     @property
     def levels(self) -> int:
-        """The most distinct codes per scale group."""
-        return int(2**self.bits)
+        """The most distinct codes per scale."""
+        return self.grid().levels
 
-    def stored_bits(self, weight: Tensor) -> tuple[float, float]:
-        """(bits of the codes, bits of scales and tables) that a packed file needs; `weight` is the latent.
+    def stored(self, x: Tensor) -> dict[str, Part]:
+        """What a packed file holds for the codes of `x`: by default the codes themselves, counted from the lowest.
 
-        Scales are counted as 32-bit floats: every parameter of the quantizer.
+        One whose codes are computed from fewer stored bits gives these instead, and `restored` computes the codes.
         """
-        return weight.numel() * math.ceil(math.log2(self.levels)), 32.0 * sum(p.numel() for p in self.parameters())
+        return {"codes": self.grid().pack(self.codes(x))}
 
-    def shared_bits(self) -> dict[Any, float]:
-        """{key: bits} of tables that all quantizers of an equal key share: a packed file holds them once."""
+    def restored(self, parts: dict[str, Part]) -> Tensor:
+        """The codes that the parts of `stored` stand for."""
+        return self.grid().unpack(parts["codes"])
+
+    def shared(self) -> dict[Hashable, Part]:
+        """Tables that all quantizers of an equal key share: a packed file holds them once."""
         return {}
+
+    def stored_bits(self, x: Tensor) -> tuple[int, int]:
+        """(bits of the codes, bits of scales and tables) in a packed file, before each part is filled up to bytes."""
+        tables = self.grid(x.detach().float()).tables().values()
+        return sum(p.bits for p in self.stored(x).values()), sum(p.bits for p in tables)
 
     def traces(self) -> dict[str, float]:
         """Named scalars worth plotting over training: learned scales by default (their mean when per channel)."""
@@ -226,11 +239,20 @@ class Quantizer(nn.Module, ABC):
         self.enabled = state["enabled"]
 
     def describe(self) -> dict[str, Any]:
-        """One manifest entry: class, bits, levels, granularity, signedness."""
+        """One manifest entry: class, bits, levels, granularity, signedness, the grid, and the options in `told`.
+
+        A grid that no tensor decides has a range: its least and greatest value, of all channels.
+        """
+        grid = self.grid()
+        known: dict[str, Any] = {"grid": type(grid).__name__.lower()}
+        if not grid.dynamic:
+            known["range"] = [grid.ends()[0].min().item(), grid.ends()[1].max().item()]
         return {
             "quantizer": type(self).__name__,
             "bits": self.bits,
-            "levels": self.levels,
+            "levels": grid.levels,
             "granularity": self.granularity,
             "signed": self.signed,
+            **known,
+            **{name: value for name in self.told if (value := getattr(self, name)) is not None},
         }

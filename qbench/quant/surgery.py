@@ -1,15 +1,16 @@
 """Turn a float net into a quantized one by rules; say what became of every tensor."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from qbench.quant.float_inputs import float_inputs, layers
 from qbench.quant.layers import QuantLayer, quant_layers
 from qbench.quant.method import Rule
+from qbench.quant.packing import Part
 from qbench.quant.quantizer import Quantizer
 
 
@@ -149,7 +150,7 @@ def manifest(model: nn.Module, kept: dict[str, str]) -> dict[str, Any]:
         owner = model.get_submodule(owner_name)
         entry: dict[str, Any] = {"shape": list(parameter.shape), "numel": parameter.numel()}
         if isinstance(owner, QuantLayer) and leaf == "weight" and owner.weight_quantizer is not None:
-            codes, scales = owner.weight_quantizer.stored_bits(parameter)
+            codes, scales = owner.weight_quantizer.stored_bits(owner.source())
             entry |= owner.weight_quantizer.describe()
             entry |= {"shape": list(owner.weight_shape), "numel": int(torch.Size(owner.weight_shape).numel())}
             entry |= {"stored_bits": codes + scales, "scale_bits": scales}
@@ -168,31 +169,51 @@ def manifest(model: nn.Module, kept: dict[str, str]) -> dict[str, Any]:
     return found | {"float_inputs": float_inputs(model, kept), "layers": len(layers(model))}
 
 
-def size(model: nn.Module) -> dict[str, float]:
-    """What a packed file needs: bits per quantized weight and bytes of the whole net.
+def packed(model: nn.Module) -> dict[Hashable, Part]:
+    """All that a packed file of the net holds, by name: codes, scales, tables and whatever stays in float.
 
-    Counted with the weights: scales, padding, and tables that layers share, once.
-
-    Whatever is not a quantized weight counts as 32-bit floats, batch-norm statistics included; modules that say they
-    are `training_only` do not count.
+    Of a quantized weight what its quantizer stores, and its scales; of an activation's quantizer what a device needs to
+    make codes; tables that layers share once, under their own key; the rest as 32-bit floats, batch-norm statistics
+    included. A batch-norm that is folded into a layer is that layer's bias. Error quantizers, and modules that say they
+    are `training_only`, are not there in inference.
     """
-    bits = weights = 0.0
-    shared: dict[Any, float] = {}
-    counted: set[int] = set()
-    for _, layer in quant_layers(model):
-        if layer.weight_quantizer is None:
-            continue
-        codes, scales = layer.weight_quantizer.stored_bits(layer.weight)
-        bits += codes + scales
-        shared |= layer.weight_quantizer.shared_bits()
-        weights += torch.Size(layer.weight_shape).numel()
-        counted |= {
-            id(t) for t in (layer.weight, *layer.weight_quantizer.parameters(), *layer.weight_quantizer.buffers())
-        }
-    bits += sum(shared.values())
-    for module in model.modules():
-        if getattr(module, "training_only", False):
-            counted |= {id(t) for t in (*module.parameters(), *module.buffers())}
-    rest: list[Tensor] = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in counted]
-    floats = 32.0 * sum(t.numel() for t in rest if t.is_floating_point())
-    return {"bits_per_weight": bits / weights if weights else 32.0, "bytes": round((bits + floats) / 8)}
+    found: dict[Hashable, Part] = {}
+    done: set[int] = set()
+
+    def leave_out(*modules: nn.Module | None) -> None:
+        done.update(id(t) for m in modules if m is not None for t in (*m.parameters(), *m.buffers()))
+
+    for name, layer in quant_layers(model):
+        leave_out(layer.error_quantizer)
+        q, source = layer.weight_quantizer, layer.source().detach()
+        if q is not None:
+            leave_out(q)
+            done.add(id(layer.weight))
+            parts = q.stored(source) | q.grid(source.float()).tables()
+            found |= {f"{name}.weight.{part}": held for part, held in parts.items()} | q.shared()
+        if (bias := layer.inference_bias()) is not None:
+            leave_out(layer.folded_norm)
+            done.add(id(layer.bias))
+            found[f"{name}.bias"] = Part(bias.detach())
+    for name, q in activation_quantizers(model).items():
+        leave_out(q)
+        found |= {f"{name}.{part}": held for part, held in q.grid().tables(encoder=True).items()}
+    leave_out(*(m for m in model.modules() if getattr(m, "training_only", False)))
+    for name, t in (*model.named_parameters(), *model.named_buffers()):
+        if id(t) not in done and t.is_floating_point():
+            found[name] = Part(t.detach())
+    return found
+
+
+def size(model: nn.Module) -> dict[str, float]:
+    """What a packed file needs: bits per quantized weight, and bytes of the whole net.
+
+    The bits are those of codes, scales and tables (what layers share once), before a part is filled up to bytes; the
+    bytes are the lengths of all that is `packed`.
+    """
+    parts = packed(model)
+    layers = {name: layer for name, layer in quant_layers(model) if layer.weight_quantizer is not None}
+    own = tuple(f"{name}.weight." for name in layers)
+    bits = sum(part.bits for name, part in parts.items() if not isinstance(name, str) or name.startswith(own))
+    weights = sum(torch.Size(layer.weight_shape).numel() for layer in layers.values())
+    return {"bits_per_weight": bits / weights if weights else 32.0, "bytes": sum(p.size for p in parts.values())}

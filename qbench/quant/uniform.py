@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from qbench.quant import ops, ranges
-from qbench.quant.quantizer import Codes, Kernel, Quantizer, check_bits, check_choice
+from qbench.quant.grid import Affine
+from qbench.quant.quantizer import Kernel, Quantizer, check_bits, check_choice
 
 
 @ops.formula
@@ -53,6 +54,8 @@ class UniformGrid(Quantizer):
     Reference: 1806.08342 Sec. 2.1-2.3; 1712.05877 Sec. 3
     """
 
+    told = ("symmetric",)
+
     def __init__(
         self,
         layer: nn.Module,
@@ -68,42 +71,46 @@ class UniformGrid(Quantizer):
             raise ValueError(f"per_channel is for weights: the {site} of a layer has one step")
         self.bits = check_bits(bits, 2, 16)
         self.site, self.symmetric, self.restricted, self.per_channel = site, symmetric, restricted, per_channel
-        self.bounds = ranges.code_bounds(self.bits, symmetric, restricted)
         self.signed = symmetric
         self.granularity = "per_channel" if per_channel else "per_tensor"
         weight = getattr(layer, "weight", None)
         self.shape = (weight.shape[0], *[1] * (weight.dim() - 1)) if per_channel and weight is not None else ()
 
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """(lowest, highest) code."""
+        return ranges.code_bounds(int(self.bits), self.symmetric, self.restricted, self.signed)
+
     @abstractmethod
-    def grid(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(step, zero) for `x`, both of a shape that broadcasts to it."""
+    def grid(self, x: Tensor | None = None) -> Affine:
+        """A float step, and a zero point that is 0 where symmetric, of the tensor or of each channel."""
+
+    def _between(self, step: Tensor, zero: Tensor, dynamic: bool = False) -> Affine:
+        lo, hi = self.bounds
+        constants = ("zero",) if self.symmetric else ()
+        return Affine(step=step, zero=zero, lo=lo, hi=hi, dynamic=dynamic, constants=constants)
 
     def rows(self, x: Tensor) -> Tensor:
         """`x` with one row per step: [channels, n], or [n]."""
         return x.flatten(1) if self.per_channel else x.flatten()
 
     def quantize(self, x: Tensor) -> Tensor:
-        return _OnGrid.apply(x, *self.grid(x), *self.bounds)  # type: ignore[no-any-return, no-untyped-call]
+        grid = self.grid(x)
+        return _OnGrid.apply(x, grid.step, grid.zero, *self.bounds)  # type: ignore[no-any-return, no-untyped-call]
 
-    @torch.no_grad()
-    def codes(self, x: Tensor) -> Codes:
-        """Integer codes lowest..highest; values = (codes - zero) * step."""
-        x = x.float()
-        step, zero = self.grid(x)
-        codes = ranges.codes(x, step, zero).clamp_(*self.bounds)
-        return Codes("affine", codes.to(torch.int32), {"step": step.clone(), "zero": zero.clone()})
+    def kernel(self, shape: torch.Size) -> Kernel | None:
+        grid = self.grid()
+        if grid.dynamic or self.per_channel:
+            return None
+        lo, hi = self.bounds
+        return Kernel("grid", grid.step.item(), lo=lo, hi=hi, zero=grid.zero.item())
 
-    @property
-    def levels(self) -> int:
-        return self.bounds[1] - self.bounds[0] + 1
+    def get_extra_state(self) -> dict[str, Any]:
+        return {**super().get_extra_state(), "signed": self.signed}
 
-    def stored_bits(self, weight: Tensor) -> tuple[float, float]:
-        """Codes of `bits` bits; a float step and, when affine, a zero point of `bits` bits per channel or tensor."""
-        scales = weight.shape[0] if self.per_channel else 1
-        return float(weight.numel() * self.bits), float(scales * (32 + (0 if self.symmetric else self.bits)))
-
-    def describe(self) -> dict[str, Any]:
-        return super().describe() | {"symmetric": self.symmetric}
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        super().set_extra_state(state)
+        self.signed = state.get("signed", self.symmetric)  # older checkpoints: always signed
 
 
 class Uniform(UniformGrid):
@@ -158,14 +165,8 @@ class Uniform(UniformGrid):
         self._extremes: tuple[Tensor, Tensor] | None = None
         self._forget()
 
-    def grid(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.step, self.zero
-
-    def kernel(self, shape: torch.Size) -> Kernel | None:
-        if self.per_channel:
-            return None
-        lo, hi = self.bounds
-        return Kernel("grid", self.step.item(), lo=lo, hi=hi, zero=self.zero.item())
+    def grid(self, x: Tensor | None = None) -> Affine:
+        return self._between(self.step, self.zero)
 
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:
@@ -188,7 +189,7 @@ class Uniform(UniformGrid):
         if self._extremes is None:
             return
         lo, hi = self._extremes
-        self._set_signed(self.symmetric and (self.site == "weight" or bool((lo < 0).any())))
+        self.signed = self.symmetric and (self.site == "weight" or bool((lo < 0).any()))
         x, weights = torch.stack([lo, hi], -1), None
         if self._seen:
             x = torch.cat([*self._seen, *self._tails])
@@ -208,17 +209,6 @@ class Uniform(UniformGrid):
         )
         self._set_range(lo, hi)
         self._forget()
-
-    def _set_signed(self, signed: bool) -> None:
-        self.signed = signed
-        self.bounds = ranges.code_bounds(int(self.bits), self.symmetric, self.restricted, signed)
-
-    def get_extra_state(self) -> dict[str, Any]:
-        return {**super().get_extra_state(), "signed": self.signed}
-
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        super().set_extra_state(state)
-        self._set_signed(state.get("signed", self.symmetric))  # older files have none: their symmetric codes are signed
 
     def _forget(self) -> None:
         """Drop what calibration collected; none of it is state that a checkpoint must hold."""

@@ -1,14 +1,12 @@
 """What the training of low-bit weights is watched by, layer by layer: flips and use of codes, gradients that die."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qbench.quant.layers import quant_layers
-from qbench.quant.quantizer import Codes, Quantizer
+from qbench.quant.quantizer import Quantizer, evaluating
 from qbench.training.recorder import Recorder, layer_histogram
 
 SATURATED = 0.01  # of the largest gradient in the layer
@@ -17,11 +15,10 @@ SATURATED = 0.01  # of the largest gradient in the layer
 class Telemetry:
     """Takes stock of every quantized weight at each evaluation, into the recorder.
 
-    Beside the histograms of latent, value and code (`layer_histogram`), per layer and as shares of its weights:
-      flips:     codes that differ from those at the record before (not at the first one). Where `codes` only lists
-                 the values in use, codes above one that falls out of use are renumbered, which counts as a flip
-      entropy:   of the codes, bits per weight
-      used:      codes in use, of all that the quantizer has
+    Beside the histograms of latent, value and code (`layer_histogram`), per layer and as shares of its codes:
+      flips:     those that differ from the ones at the record before (not at the first one)
+      entropy:   of the codes, bits per code
+      used:      codes in use, of all that the grid has
       saturated: latents whose gradient is below 1 % of the layer's largest: outside the surrogate's window, or pruned
       clipped:   latents that share the layer's lowest or highest value, as those do that a clip has cut
     and scale: mean |w_hat| of the weights that are not quantized to 0, which for two and three levels is their scale
@@ -43,8 +40,8 @@ class Telemetry:
             if q is None:
                 continue
             latent = layer.source().detach()
-            with _evaluating(q):
-                codes, value = weight_codes(q.codes(latent)), q(latent)
+            with evaluating(q):
+                codes, value = q.codes(latent), q(latent)
                 histograms[name] = layer_histogram(latent, value, codes, q.levels)
                 histograms[name]["latent"]["name"] = q.latent_name
                 measures[name] = self._measure(name, q, latent, codes, histograms[name]["codes"])
@@ -65,27 +62,6 @@ class Telemetry:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.codes = dict(state)
-
-
-@contextmanager
-def _evaluating(q: Quantizer) -> Iterator[None]:
-    """Within the block the quantizer is in eval mode: it draws no random numbers and follows no statistics."""
-    modes = [(m, m.training) for m in q.modules()]
-    try:
-        q.eval()
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def weight_codes(codes: Codes) -> Tensor:
-    """One integer per weight; of bit planes bit i is plane i, and a weight without a code (0, pruned) gets 2^planes."""
-    if codes.kind != "planes":
-        return codes.codes
-    planes = codes.codes
-    weights = 2 ** torch.arange(len(planes), device=planes.device).view(-1, *[1] * (planes.dim() - 1))
-    return torch.where((planes == 0).all(0), 2 ** len(planes), ((planes > 0) * weights).sum(0))
 
 
 def _share(mask: Tensor) -> float:

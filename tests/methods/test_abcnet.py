@@ -34,11 +34,12 @@ def activations(n: int, **options: object) -> BinaryActivations:
 def test_three_bases_by_hand() -> None:
     """u = -1, 0, 1: only .9 passes .613732, zero counts as positive, only -1 fails -.613732."""
     q = bases(3)
-    codes = q.codes(W)
-    assert codes.codes[:, 0].tolist() == [[-1, -1, -1, -1, -1, 1], [-1, -1, 1, 1, 1, 1], [-1, 1, 1, 1, 1, 1]]
-    torch.testing.assert_close(codes.tensors["coefficients"].flatten(), torch.tensor([0.375, 0.35, 0.225]))
+    grid = q.grid(W)
+    planes = grid.split(q.codes(W))
+    assert planes[:, 0].tolist() == [[-1, -1, -1, -1, -1, 1], [-1, -1, 1, 1, 1, 1], [-1, 1, 1, 1, 1, 1]]
+    torch.testing.assert_close(grid.coefficients.flatten(), torch.tensor([0.375, 0.35, 0.225]))
     hat = q(W)
-    torch.testing.assert_close(hat, codes.values())
+    torch.testing.assert_close(hat, grid.values(q.codes(W)))
     assert float((W - hat).square().sum()) == pytest.approx(0.085, abs=1e-6)
     one = bases(1)(W)
     assert float((W - one).square().sum()) == pytest.approx(0.76, abs=1e-6)
@@ -50,17 +51,17 @@ def test_three_bases_by_hand() -> None:
 def test_coefficients_are_least_squares(m: int) -> None:
     w = torch.randn(4, 5, 3, 3, generator=torch.Generator().manual_seed(m))
     q = BinaryBases(nn.Conv2d(5, 4, 3), "weight", bits=m)  # type: ignore[arg-type]
-    codes = q.codes(w)
-    planes = codes.codes.flatten(1).double()
+    grid = q.grid(w)
+    planes = grid.split(q.codes(w)).flatten(1).double()
     want = torch.linalg.lstsq(planes.T, w.flatten().double().unsqueeze(1)).solution.flatten()
-    torch.testing.assert_close(codes.tensors["coefficients"].flatten().double(), want, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(grid.coefficients.flatten().double(), want, rtol=1e-4, atol=1e-6)
 
 
 def test_bases_that_coincide_share_their_coefficient() -> None:
     w = torch.tensor([[1.0, -1.0]])  # std 1; u = -.5 and .5 give the same base
     q = BinaryBases(nn.Linear(2, 1), "weight", bits=2, shifts=[-0.5, 0.5])  # type: ignore[arg-type]
     torch.testing.assert_close(q(w), w)
-    torch.testing.assert_close(q.codes(w).tensors["coefficients"].flatten(), torch.tensor([0.5, 0.5]))
+    torch.testing.assert_close(q.grid(w).coefficients.flatten(), torch.tensor([0.5, 0.5]))
 
 
 @pytest.mark.parametrize(("gradient", "want"), [("identity", [0.95] * 6), ("clipped", None)])
@@ -101,9 +102,11 @@ def test_the_product_is_m_times_n_binary_products() -> None:
     with torch.no_grad():
         q.beta.copy_(torch.tensor([0.7, 1.3]))
     x = torch.randn(2, 4, 5, 5)
-    codes = layer.weight_quantizer.codes(layer.weight)  # type: ignore[union-attr]
+    w = layer.weight_quantizer
+    assert isinstance(w, BinaryBases)
+    grid = w.grid(layer.weight)
     want: Tensor | float = 0.0
-    for base, alpha in zip(codes.codes.float(), codes.tensors["coefficients"].flatten(), strict=True):
+    for base, alpha in zip(grid.split(w.codes(layer.weight)).float(), grid.coefficients.flatten(), strict=True):
         for beta, v in zip(q.beta, q.v, strict=True):
             plane = torch.where((x + v).clamp(0, 1) >= 0.5, 1.0, -1.0)
             want = want + alpha * beta * F.conv2d(plane, base, padding=1)

@@ -30,7 +30,7 @@ def test_signs_without_scale_and_a_wide_window() -> None:
     hat.backward(torch.full((2, 3), 2.0))
     assert w.grad is not None
     assert w.grad.tolist() == [[2, 0, 2], [2, 2, 2]]
-    assert q.codes(w).values().equal(hat.detach())
+    assert q.grid(w).values(q.codes(w)).equal(hat.detach())
     assert q.stored_bits(w) == (6.0, 0.0)
 
 
@@ -42,7 +42,7 @@ def test_with_a_scale() -> None:
     torch.testing.assert_close(hat, torch.tensor([[0.87, -0.87, 0.87], [0.3, -0.3, -0.3]]))
     hat.sum().backward()
     torch.testing.assert_close(w.grad, torch.tensor([[0.87, 0, 0.87], [0.3, 0.3, 0.3]]))
-    torch.testing.assert_close(q.codes(w).values(), hat.detach())
+    torch.testing.assert_close(q.grid(w).values(q.codes(w)), hat.detach())
     assert q.stored_bits(w) == (6.0, 64.0)
 
 

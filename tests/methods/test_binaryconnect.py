@@ -30,7 +30,7 @@ def test_sign_of_zero_is_plus() -> None:
     w = torch.tensor([[-1.5, -0.2, 0.0, 0.4, 2.0]])
     assert make()(w).tolist() == [[-1, -1, 1, 1, 1]]
     assert make(h=0.25)(w).tolist() == [[-0.25, -0.25, 0.25, 0.25, 0.25]]
-    assert torch.equal(make(h=0.25).codes(w).values(), make(h=0.25)(w))
+    assert torch.equal(make(h=0.25).grid(w).values(make(h=0.25).codes(w)), make(h=0.25)(w))
 
 
 @pytest.mark.parametrize("h", [1.0, 0.25])
@@ -62,7 +62,7 @@ def test_evaluation_is_with_binary_or_with_real_weights(stochastic: bool) -> Non
     assert binary(w).tolist() == [[-1, 1, 1]]
     assert real(w).tolist() == w.tolist()
     assert (binary.stored_bits(w), real.stored_bits(w)) == ((3.0, 0.0), (96.0, 0.0))
-    assert (binary.describe()["evaluated_with"], real.describe()["evaluated_with"]) == ("binary", "real")
+    assert (binary.describe()["evaluate"], real.describe()["evaluate"]) == ("binary", "real")
     assert set(real.train()(w).flatten().tolist()) <= {-1, 1}
 
 

@@ -51,7 +51,7 @@ def test_zero_is_plus_one_and_scales_are_per_filter() -> None:
     w = torch.tensor([[0.0, -1.0], [3.0, 1.0]])
     quantizer = BinaryWeight(nn.Linear(2, 2), "weight")  # type: ignore[arg-type]
     assert quantizer(w).tolist() == [[0.5, -0.5], [2.0, 2.0]]
-    assert torch.equal(quantizer.codes(w).values(), quantizer(w))
+    assert torch.equal(quantizer.grid(w).values(quantizer.codes(w)), quantizer(w))
     assert quantizer.stored_bits(w) == (4.0, 64.0)
 
 

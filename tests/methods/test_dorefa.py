@@ -74,8 +74,8 @@ def test_activation_bounds_and_gradients() -> None:
 def test_activation_codes_and_idempotence(bits: int, bound: str, values: list[float]) -> None:
     q, x = activation(bits, bound), torch.tensor(values)
     y, codes = q(x), q.codes(x)
-    assert 0 <= codes.codes.min() <= codes.codes.max() <= 2**bits - 1
-    torch.testing.assert_close(codes.values(), y, atol=1e-6, rtol=0)
+    assert 0 <= codes.min() <= codes.max() <= 2**bits - 1
+    torch.testing.assert_close(q.grid().values(codes), y, atol=1e-6, rtol=0)
     assert torch.equal(q(y), y)
 
 
@@ -185,9 +185,10 @@ def test_bit_planes_give_the_real_product(w_bits: int, a_bits: int, seed: int) -
     generator = torch.Generator().manual_seed(seed)
     w, a = torch.randn(37, generator=generator), torch.rand(37, generator=generator)
     cw, ca = weight(w_bits).codes(w), activation(a_bits).codes(a)
-    planes = bit_planes(cw.codes, ca.codes, w_bits, a_bits)
-    assert planes == int((cw.codes * ca.codes).sum())
-    product = planes - float(cw.tensors["zero"]) * int(ca.codes.sum())
-    product *= float(cw.tensors["step"]) * float(ca.tensors["step"])
+    gw = weight(w_bits).grid(w)
+    planes = bit_planes(cw, ca, w_bits, a_bits)
+    assert planes == int((cw * ca).sum())
+    product = planes - float(gw.zero) * int(ca.sum())
+    product *= float(gw.step) * float(activation(a_bits).grid().step)
     real = (weight(w_bits)(w) * activation(a_bits)(a)).sum()
     assert product == pytest.approx(float(real), rel=1e-4, abs=1e-4)

@@ -35,7 +35,7 @@ def test_weights_by_hand() -> None:
     z = standardize(W)
     torch.testing.assert_close(z[0], torch.tensor([0.2, -0.6, -0.2, 0.6]) / math.sqrt(0.8 / 3))
     assert q(W).tolist() == [[1, -1, -1, 1], [1, 1, -1, 1]]
-    assert q.codes(W).values().equal(q(W))
+    assert q.grid(W).values(q.codes(W)).equal(q(W))
     assert q.stored_bits(W) == (8.0, 64.0)
     plain = LibraWeight(nn.Linear(4, 2), "weight", shift=False)  # type: ignore[arg-type]
     torch.testing.assert_close(plain(W)[:, 0], torch.tensor([0.774597, 0.707107]))

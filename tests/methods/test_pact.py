@@ -62,9 +62,9 @@ def test_scaled_upstream_gradient_is_summed_over_what_is_clipped() -> None:
 def test_levels_codes_idempotence(bits: int, alpha: float, values: list[float]) -> None:
     q, x = pact(bits, alpha), torch.tensor(values)
     y, codes = q(x).detach(), q.codes(x)
-    assert codes.codes.min() >= 0
-    assert codes.codes.max() <= 2**bits - 1
-    assert torch.equal(codes.values(), y)
+    assert codes.min() >= 0
+    assert codes.max() <= 2**bits - 1
+    assert torch.equal(q.grid().values(codes), y)
     torch.testing.assert_close(q(y).detach(), y)
 
 
@@ -149,7 +149,24 @@ def test_fitting_the_scale_keeps_the_size_of_the_weights_and_the_gradient_behind
     assert fitted.stored_bits(layer.weight)[1] == 32
     assert torch.linalg.norm(hat - layer.weight) < 0.2 * torch.linalg.norm(layer.weight)
     torch.testing.assert_close(grad, expected, rtol=1e-3, atol=1e-3)
-    assert torch.allclose(fitted.codes(layer.weight).values(), hat, atol=1e-6)
+    assert torch.allclose(fitted.grid(layer.weight).values(fitted.codes(layer.weight)), hat, atol=1e-6)
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_an_all_zero_weight_keeps_its_scale_and_its_gradient(bits: int, together: bool) -> None:
+    """m = 0 counts as 1, and no scale fits better than 1: w_hat = Q's half rounded to even, 1 / n; dL/dw = g."""
+    q, w = dorefa(bits, init="float"), torch.zeros(2, 3, requires_grad=True)
+    q.calibrate(w)
+    assert q.scale.item() == 1
+    hat = DoReFaWeight.quantize_all([w], [q])[0] if together else q(w)
+    g = torch.arange(6.0).view(2, 3)
+    hat.backward(g)
+    want = 0.0 if bits == 1 else 1 / (2**bits - 1)
+    assert hat.detach().flatten().tolist() == pytest.approx([want] * 6)
+    assert w.grad is not None
+    torch.testing.assert_close(w.grad, g)
+    assert set(q.codes(w).flatten().tolist()) == {2 ** (bits - 1)}
 
 
 @given(st.integers(1, 8), st.lists(st.floats(-3, 3), min_size=2, max_size=30))
@@ -157,8 +174,8 @@ def test_dorefa_weight_levels_and_codes(bits: int, values: list[float]) -> None:
     q, w = dorefa(bits), torch.tensor(values)
     hat, codes = q(w), q.codes(w)
     assert hat.unique().numel() <= 2**bits
-    assert 0 <= codes.codes.min() <= codes.codes.max() <= 2**bits - 1
-    torch.testing.assert_close(codes.values(), hat, atol=1e-6, rtol=1e-6)
+    assert 0 <= codes.min() <= codes.max() <= 2**bits - 1
+    torch.testing.assert_close(q.grid(w).values(codes), hat, atol=1e-6, rtol=1e-6)
 
 
 def test_two_steps_of_a_pre_activation_resnet() -> None:

@@ -19,7 +19,7 @@ from qbench.quant import surgery
 from qbench.quant.hooks import EnableAfter
 from qbench.quant.layers import quantized_weights
 from qbench.quant.method import Method, State
-from qbench.quant.surgery import activation_quantizers
+from qbench.quant.surgery import activation_quantizers, packed, size
 from qbench.training import build, evaluation
 
 torch.set_num_threads(1)
@@ -69,10 +69,10 @@ def test_weight_codes_leave_the_lowest_unused() -> None:
     w = torch.tensor([-0.37, 0.0, 0.5, 1.13])
     q = Weight(LAYER, "weight", bits=8)
     codes = q.codes(w)
-    assert (codes.codes.min(), codes.codes.max(), q.levels) == (1, 255, 255)
+    assert (codes.min(), codes.max(), q.levels) == (1, 255, 255)
     step = 1.5 / 254
-    assert codes.tensors["step"].item() == pytest.approx(step)
-    assert codes.tensors["zero"].item() == 1 + 63  # 0.37 / step = 62.65
+    assert q.grid(w).step.item() == pytest.approx(step)
+    assert q.grid(w).zero.item() == 1 + 63  # 0.37 / step = 62.65
     assert q(w).tolist() == pytest.approx([-63 * step, 0, 85 * step, 191 * step])
 
 
@@ -90,7 +90,7 @@ def test_weight_per_channel_has_one_range_per_row() -> None:
     layer = nn.Conv2d(2, 3, 1)
     w = random(3, 2, 1, 1) * torch.tensor([0.01, 1, 100]).reshape(3, 1, 1, 1)
     q = Weight(layer, "weight", bits=4, per_channel=True)
-    assert ((q(w) - w).abs().amax((1, 2, 3)) < q.codes(w).tensors["step"].flatten()).all()
+    assert ((q(w) - w).abs().amax((1, 2, 3)) < q.grid(w).step.flatten()).all()
 
 
 # Activations
@@ -273,6 +273,18 @@ def test_running_statistics_move_as_batch_norm_moves_them(kind: str, momentum: f
     assert new.bn.num_batches_tracked == bn.num_batches_tracked
     new.eval()(x)
     assert torch.allclose(new.bn.running_mean, bn.running_mean, atol=1e-6)
+
+
+def test_a_folded_batch_norm_is_one_bias() -> None:
+    """8 channels of 3 x 9 weights in float: one vector of 8 beside them, not the four of a batch-norm and a bias."""
+    for bias in (False, True):
+        layer = FoldedLayer(nn.Conv2d(3, 8, 3, bias=bias), "replace", pair=nn.BatchNorm2d(8))
+        net = nn.Sequential(layer, nn.ReLU())
+        assert size(net)["bytes"] == 4 * (8 * 27 + 8)
+        layer.set_weight_quantizer(Weight(layer, "weight", bits=8))
+        assert size(net)["bytes"] == 8 * 27 + 4 * 8 + 4 + 1  # codes, biases, step and zero
+        bias_part = packed(net)["0.bias"]
+        assert bias_part.numbers.equal(layer.folded()[1])
 
 
 def test_what_is_quantized_is_the_folded_weight() -> None:

@@ -53,7 +53,7 @@ def test_scale_is_the_mean_of_the_clamped_weights() -> None:
     q = weight(b=None)
     alphas = torch.tensor([[(0.6 + top) / 4], [1.4 / 4]])
     torch.testing.assert_close(q(W), alphas * torch.tensor([[1.0, -1, 1, -1], [1, 1, -1, 1]]))
-    torch.testing.assert_close(q.codes(W).values(), q(W))
+    torch.testing.assert_close(q.grid(W).values(q.codes(W)), q(W))
     assert q.stored_bits(W) == (8.0, 64.0)
 
 

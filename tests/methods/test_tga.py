@@ -76,8 +76,8 @@ def test_start_codes_and_cost() -> None:
     q = make()
     q.calibrate(w)
     assert q.delta.item() == pytest.approx(0.045)
-    assert q.codes(w).codes.tolist() == [1, -1, 1, -1, 1, 0]
-    assert torch.equal(q.codes(w).values(), q(w))
+    assert q.codes(w).tolist() == [1, -1, 1, -1, 1, 0]
+    assert torch.equal(q.grid(w).values(q.codes(w)), q(w))
     assert q.stored_bits(w) == (12.0, 32.0)
     assert q.levels == len(q(w).unique()) == 3
 

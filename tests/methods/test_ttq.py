@@ -96,8 +96,8 @@ def test_scales_may_start_at_the_means_of_either_side() -> None:
 
 def test_codes_and_what_they_cost() -> None:
     q = make(1.2, 0.8)
-    assert torch.equal(q.codes(W).values(), q(W))
-    assert q.codes(W).codes.tolist() == [1, -1, 1, -1, 1, 0]
+    assert torch.equal(q.grid(W).values(q.codes(W)), q(W))
+    assert q.codes(W).tolist() == [2, 0, 2, 0, 2, 1]
     assert q.stored_bits(W) == (12.0, 64.0)
 
 

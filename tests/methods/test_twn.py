@@ -82,7 +82,7 @@ def test_optimal_is_the_best_and_every_rule_is_idempotent(seed: int, rule: str) 
     hat = q(w)
     assert q.idempotent
     assert torch.equal(q(hat), hat)
-    assert torch.equal(q.codes(w).values(), hat)
+    assert torch.equal(q.grid(w).values(q.codes(w)), hat)
     assert all(len(row.unique()) <= q.levels for row in hat)
     best = make(rule="optimal")(w)
     for row, chosen, mine in zip(w, best, hat, strict=True):

@@ -164,3 +164,9 @@ def test_another_gradient_through_the_signs_is_an_option_and_null_changes_nothin
     for module, want in ((plain, [1, 1, 0]), (other, [1, 1.5, 0])):
         (got,) = torch.autograd.grad(module.conv2.input_quantizer(leaf).sum(), leaf)
         assert got.tolist() == want
+
+
+def test_a_sign_has_its_code_whatever_else_is_in_the_batch() -> None:
+    q = Sign(layers.QuantLayer(nn.Linear(2, 1)), "input")
+    assert [q.codes(torch.full((2, 2), x)).unique().tolist() for x in (1.0, -1.0, 0.0)] == [[1], [0], [1]]
+    assert q.describe()["range"] == [-1, 1]

@@ -14,7 +14,7 @@ from yamls import method_of
 from qbench.methods import xor_encrypt
 from qbench.methods.shared import xor_spec
 from qbench.methods.shared.xor_spec import XorSpec
-from qbench.methods.xor_encrypt import Encrypted, PrunedCode, decrypt, encrypt, mask_bits
+from qbench.methods.xor_encrypt import Encrypted, PrunedCode, decrypt, encrypt, mask_of, mask_parts
 from qbench.models.resnet import ResNetCIFAR
 from qbench.quant import layers, surgery
 
@@ -88,20 +88,35 @@ def test_decoding_is_lossless(n_in: int, more: int, share: float, seed: int, n: 
 def test_bits_of_seeds_and_patches() -> None:
     patches = _bools("0000000000", "1000000001", "1110000000")
     # two bits say how many there are (up to 3), four where one of ten is
-    assert Encrypted(torch.zeros(3, 4, dtype=torch.bool), patches).bits() == (12, 3 * 2 + 5 * 4)
-    assert Encrypted(torch.zeros(3, 4, dtype=torch.bool), torch.zeros_like(patches)).bits() == (12, 0)
+    found = Encrypted(torch.zeros(3, 4, dtype=torch.bool), patches)
+    assert {name: part.bits for name, part in found.parts().items()} == {
+        "seeds": 12,
+        "patch_counts": 3 * 2,
+        "patches": 5 * 4,
+    }
+    assert Encrypted.of(found.parts(), 10).patches.equal(patches)
+    assert list(Encrypted(found.seeds, torch.zeros_like(patches)).parts()) == ["seeds"]
 
 
 def _rice(gaps: list[int], k: int) -> str:
-    return "".join("0" * (g >> k) + "1" + (f"{g % 2**k:0{k}b}" if k else "") for g in gaps)
+    return "".join("0" * (g >> k) + "1" + (f"{g % 2**k:0{k}b}"[::-1] if k else "") for g in gaps)
+
+
+def mask_bits(kept: Tensor) -> int:
+    return sum(part.bits for part in mask_parts(kept).values())
 
 
 def test_bits_of_the_mask() -> None:
     kept = _bools("0000000010000000000000000001000000000001")
     coded = {k: _rice([8, 18, 11], k) for k in range(8)}
+    parts = mask_parts(kept)
     assert mask_bits(kept) == min(map(len, coded.values())) + 5 < kept.numel()
-    assert coded[3] == "01000" + "001010" + "01011"  # 8, 16 + 2, 8 + 3
-    assert mask_bits(torch.ones(40, dtype=torch.bool)) == 40
+    assert coded[3] == "01000" + "001010" + "01110"  # 8, 16 + 2, 8 + 3: the low bits of 3 are 110, the lowest first
+    assert "".join(map(str, parts["gaps"].numbers.tolist())) == coded[int(parts["rice"].numbers)]
+    assert mask_of(parts, kept.shape).equal(kept)
+    full = torch.ones(5, 8, dtype=torch.bool)
+    assert mask_bits(full) == 40
+    assert mask_of(mask_parts(full), full.shape).equal(full)
     generator = torch.Generator().manual_seed(0)
     random = torch.rand(100_000, generator=generator) < 0.1
     entropy = -(0.1 * math.log2(0.1) + 0.9 * math.log2(0.9))
@@ -152,7 +167,8 @@ def test_pruning_and_codes_by_hand() -> None:
     assert layer.weight.grad.tolist() == [[1.0, 2.0, 0.0, 0.0], [0.0, 6.0, 7.0, 0.0]]
     assert q.alpha.grad is not None
     assert q.alpha.grad.flatten().tolist() == [1.0 - 2.0, 6.0 - 7.0]
-    assert q.codes(layer.weight).codes.tolist() == [[[1, -1, 0, 0], [0, 1, -1, 0]]]
+    assert q.codes(layer.weight).tolist() == [[1, 0, 2, 2], [2, 1, 0, 2]]  # 2: pruned
+    assert q.grid().split(q.codes(layer.weight)).tolist() == [[[1, -1, 0, 0], [0, 1, -1, 0]]]
 
 
 def test_slices_take_every_sth_weight() -> None:

@@ -31,14 +31,14 @@ def test_affine_by_hand() -> None:
     assert q.step.item() == pytest.approx(0.1)
     assert q.zero.item() == 4
     codes = q.codes(torch.tensor([-0.37, 0.0, 0.5, 1.13, 9.0, -9.0]))
-    assert codes.codes.tolist() == [0, 4, 9, 15, 15, 0]
-    assert codes.values().tolist() == pytest.approx([-0.4, 0, 0.5, 1.1, 1.1, -0.4])
+    assert codes.tolist() == [0, 4, 9, 15, 15, 0]
+    assert q.grid().values(codes).tolist() == pytest.approx([-0.4, 0, 0.5, 1.1, 1.1, -0.4])
 
 
 def test_symmetric_by_hand() -> None:
     x = torch.tensor([-0.7, -0.26, 0.0, 0.12, 0.5])
     q = fitted(x, bits=4, symmetric=True)
-    assert q.codes(x).codes.tolist() == [-7, -3, 0, 1, 5]
+    assert q.codes(x).tolist() == [-7, -3, 0, 1, 5]
     assert q(torch.tensor([-0.8, -5.0])).tolist() == pytest.approx([-0.8, -0.8])
     assert q.levels == 16
     restricted = fitted(x, bits=4, symmetric=True, restricted=True)
@@ -86,7 +86,7 @@ def test_agrees_with_torch_per_channel(layer: nn.Module, symmetric: bool) -> Non
     assert q.step.shape == (6, *[1] * (w.dim() - 1))
     theirs = torch.fake_quantize_per_channel_affine(w, q.step.flatten(), q.zero.flatten(), 0, *q.bounds)
     assert torch.allclose(q(w), theirs, rtol=1e-6, atol=1e-6)
-    assert torch.equal(q.codes(w).values(), q(w))
+    assert torch.equal(q.grid(w).values(q.codes(w)), q(w))
     assert q.stored_bits(w) == (4 * w.numel(), 6 * 32 + (0 if symmetric else 6 * 4))
     assert q.granularity == "per_channel"
 
@@ -104,9 +104,31 @@ def test_levels_zero_and_idempotence(x: np.ndarray, bits: int, symmetric: bool, 
     hat = q(values)
     assert hat.unique().numel() <= q.levels == 2**bits
     assert torch.equal(q(hat), hat)
-    assert torch.equal(q.codes(values).values(), hat)
+    assert torch.equal(q.grid(values).values(q.codes(values)), hat)
     assert q(torch.zeros(1)).item() == 0
     assert q.lo <= 0 <= q.hi
+
+
+@pytest.mark.parametrize("kind", ["minmax", "mse", "kl"])
+def test_symmetric_activations_that_are_never_negative_use_all_codes(kind: str) -> None:
+    """A constant 3 at 8 bits: 3 / 255, not 3 / 127 (arXiv 1806.08342, Sec. 2.2); the checkpoint knows."""
+    q = fitted(torch.full((64,), 3.0), bits=8, symmetric=True, range=kind)
+    assert q.step.item() == pytest.approx(3 / 255)
+    assert (q.signed, q.bounds, q.zero.item(), q.levels) == (False, (0, 255), 0, 256)
+    assert q(torch.tensor([-1.0, 3.0])).tolist() == [0, 3]
+    other = Uniform(LAYER, "input", bits=8, symmetric=True)
+    assert other.bounds == (-128, 127)
+    other.load_state_dict(q.state_dict())
+    assert other.bounds == (0, 255)
+    old = q.state_dict() | {"_extra_state": {"enabled": True}}
+    other.load_state_dict(old)
+    assert other.bounds == (-128, 127)
+
+
+def test_symmetric_grids_of_weights_and_of_signed_inputs_are_signed() -> None:
+    x = torch.tensor([[0.5, 3.0]])
+    assert fitted(x, site="weight", bits=8, symmetric=True).step.item() == pytest.approx(3 / 127)
+    assert fitted(x - 0.6, bits=8, symmetric=True).bounds == (-128, 127)
 
 
 def test_minmax_is_exact_over_batches() -> None:
@@ -150,22 +172,6 @@ def test_a_weight_that_is_seen_whole_has_no_value_twice() -> None:
     w = torch.tensor([[-0.4, -0.3, -0.2, -0.1, 0.0, 0.1, 0.2, 0.3, 50.0]])
     q = fitted(w, nn.Linear(9, 1), "weight", bits=8, range="percentile", percentile=90, per_channel=True)
     assert q.hi.item() == pytest.approx(0.3 + 0.2 * 49.7)  # a fifth of the way from the last but one
-
-
-def test_symmetric_activations_that_are_never_negative_use_all_codes() -> None:
-    """1806.08342 Sec. 2.2: clamp(0, N - 1) if unsigned."""
-    q = fitted(torch.full((4,), 3.0), bits=8, symmetric=True)
-    assert q.step.item() == pytest.approx(3 / 255)
-    assert (q.bounds, q.signed, q.describe()["signed"], q.zero.item()) == ((0, 255), False, False, 0)
-    other = Uniform(LAYER, "input", bits=8, symmetric=True)
-    other.load_state_dict(q.state_dict())
-    x = random(100) * 2
-    assert torch.equal(other(x), q(x))
-    q.calibrate(torch.tensor([-1.0]))
-    q.calibrate(torch.tensor([3.0]))
-    q.finish_calibration()
-    assert (q.bounds, q.signed) == ((-128, 127), True)
-    assert fitted(torch.full((1, 4), 3.0), site="weight", bits=8, symmetric=True).bounds == (-128, 127)
 
 
 def test_before_calibration_and_without_anything_seen_the_range_is_one() -> None:

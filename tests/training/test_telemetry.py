@@ -14,11 +14,12 @@ from qbench.methods.flexor import FleXOR
 from qbench.methods.shared.binary import BinaryWeight
 from qbench.methods.twn import TernaryWeight
 from qbench.quant import layers, ops, surgery
+from qbench.quant.grid import Grid, signs
 from qbench.quant.method import Rule
-from qbench.quant.quantizer import Codes, Quantizer
+from qbench.quant.quantizer import Quantizer
 from qbench.records import read_metrics
 from qbench.training.recorder import Recorder
-from qbench.training.telemetry import Telemetry, weight_codes
+from qbench.training.telemetry import Telemetry
 
 
 class Clipped(Quantizer):
@@ -31,8 +32,8 @@ class Clipped(Quantizer):
             torch.rand((), generator=self.generator)
         return ops.sign_clipped(x)
 
-    def codes(self, x: Tensor) -> Codes:
-        return Codes("affine", ops.sign_value(x).to(torch.int8), {"step": torch.ones(())})
+    def grid(self, x: Tensor | None = None) -> Grid:
+        return signs(1.0)
 
 
 def _net(*weights: list[float]) -> nn.Module:
@@ -110,12 +111,6 @@ def test_a_float_net_leaves_no_record(tmp_path: Path) -> None:
     assert read_metrics(tmp_path) == []
 
 
-def test_codes_of_planes() -> None:
-    planes = torch.tensor([[1, -1, 1, -1, 0], [1, 1, -1, -1, 0]], dtype=torch.int8)
-    assert weight_codes(Codes("planes", planes)).tolist() == [3, 2, 1, 0, 4]  # the last one is pruned
-    assert weight_codes(Codes("affine", torch.tensor([-2, 1]))).tolist() == [-2, 1]
-
-
 def test_gradient_share() -> None:
     x = torch.tensor([[0.3, -0.2, 1.5, -3.0]])
     assert Clipped().eval().gradient_share(x).tolist() == [[1.0, 1.0, 0.0, 0.0]]
@@ -132,6 +127,9 @@ class Frozen(Quantizer):
 
     def quantize(self, x: Tensor) -> Tensor:
         return torch.ones_like(x)
+
+    def grid(self, x: Tensor | None = None) -> Grid:
+        return signs(1.0)
 
 
 def test_gradient_share_of_flexor() -> None:

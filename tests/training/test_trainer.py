@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from qbench.config.recipe import SCHEDULES, Recipe
 from qbench.data import Split, batches
 from qbench.errors import UserError
+from qbench.quant.grid import Grid, affine
 from qbench.quant.hooks import Distill
 from qbench.quant.layers import QuantLayer
 from qbench.quant.method import Hook, Method, Rule, State
@@ -48,6 +49,9 @@ class Scale(Quantizer):
 
     def quantize(self, x: Tensor) -> Tensor:
         return x * (1 + 0 * self.step)
+
+    def grid(self, x: Tensor | None = None) -> Grid:
+        return affine(self.step, -128, 127)
 
 
 def split(count: int = 64) -> Split:

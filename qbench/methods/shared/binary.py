@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from qbench.quant import ops, quantizer
+from qbench.quant.grid import Planes, signs
 from qbench.quant.layers import QuantLayer
 from qbench.quant.method import Hook, State
-from qbench.quant.quantizer import Codes, Kernel, Quantizer, check_bits, check_choice
+from qbench.quant.quantizer import Kernel, Quantizer, check_bits, check_choice
 
 GRADIENTS = ("paper", "exact", "constant_alpha", "unscaled", "released")
 SLOPES = ("identity", "clipped", "polynomial", "tanh", "fourier")
@@ -168,6 +169,7 @@ class BinaryWeight(Quantizer):
     """
 
     granularity = "per_channel"
+    told = ("gradient", "sign_gradient")
 
     def __init__(
         self,
@@ -181,6 +183,7 @@ class BinaryWeight(Quantizer):
         super().__init__()
         self.bits = check_bits(bits, 1, 1)
         self.gradient = check_choice("gradient", gradient, GRADIENTS)
+        self.sign_gradient = sign_gradient
         self.slope = None if sign_gradient is None else Slope(sign_gradient)
         if gradient == "released" and layer.weight.shape[1] == 1:
             raise ValueError("gradient=released is 0 for a layer with one input channel, as its factor is 1 - 1/c")
@@ -195,17 +198,8 @@ class BinaryWeight(Quantizer):
     def alike(self) -> Any:
         return self.gradient, None if self.slope is None else self.slope.alike()
 
-    def codes(self, x: Tensor) -> Codes:
-        """One plane of -1 and +1, with alpha as its coefficient."""
-        w = x.detach().float()
-        return Codes("planes", ops.sign_value(w).to(torch.int8)[None], {"coefficients": mean_magnitude(w)[None]})
-
-    def stored_bits(self, weight: Tensor) -> tuple[float, float]:
-        return float(weight.numel()), 32.0 * weight.shape[0]
-
-    def describe(self) -> dict[str, Any]:
-        slope = {} if self.slope is None else {"sign_gradient": self.slope.kind}
-        return super().describe() | {"gradient": self.gradient} | slope
+    def grid(self, x: Tensor | None = None) -> Planes:
+        return signs(None if x is None else mean_magnitude(x.detach()))
 
 
 class Sign(Quantizer):
@@ -218,6 +212,8 @@ class Sign(Quantizer):
     Errors: ValueError on bits other than 1.
     Reference: arXiv 1603.05279, Sec. 3.2 (open interval, as in the authors' code); 1602.02830, Eq. 4 (closed)
     """
+
+    told: tuple[str, ...] = ("gradient",)
 
     def __init__(
         self,
@@ -233,7 +229,7 @@ class Sign(Quantizer):
     ) -> None:
         super().__init__()
         self.bits = check_bits(bits, 1, 1)
-        self.inclusive, self.hardtanh = inclusive, hardtanh
+        self.inclusive, self.hardtanh, self.gradient = inclusive, hardtanh, gradient
         self.slope = None if gradient is None else Slope(gradient, clip=clip, omega=omega)
         self.casts = self.slope is None
 
@@ -246,8 +242,8 @@ class Sign(Quantizer):
     def kernel(self, shape: torch.Size) -> Kernel | None:
         return Kernel("sign", closed=self.inclusive) if self.slope is None else self.slope.kernel()
 
-    def describe(self) -> dict[str, Any]:
-        return super().describe() | ({} if self.slope is None else {"gradient": self.slope.kind})
+    def grid(self, x: Tensor | None = None) -> Planes:
+        return signs(1.0, thresholds=0.0)
 
 
 class HardTanh(nn.Module):

@@ -11,17 +11,23 @@ from torch.autograd.function import once_differentiable
 
 from qbench.methods.shared.binary import Slope
 from qbench.quant import ops
-from qbench.quant.quantizer import Codes, Quantizer, check_bits
+from qbench.quant.grid import Affine, affine
+from qbench.quant.quantizer import Quantizer, check_bits
+
+
+def _divisor(m: Tensor) -> Tensor:
+    """m, or 1 where there is nothing to divide by: a gradient of g / m would throw an all-zero weight out of reach."""
+    return torch.where(m < 1e-8, 1.0, m)
 
 
 class _DoReFaWeight(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, w: Tensor, n: int, scale: Tensor, detach: bool) -> Tensor:
         t = w.tanh()
-        m = t.abs().amax().clamp_min(1e-8)  # an all-zero weight must not divide by 0
+        m = _divisor(t.abs().amax())
         ctx.save_for_backward(t, m, scale)
         ctx.detach = detach
-        return ((t / (2 * m) + 0.5) * n).round_().mul_(2 * scale / n).sub_(scale)
+        return ((t / (2 * m) + 0.5) * n).round_().sub_(n / 2).mul_(2 * scale / n)
 
     @staticmethod
     @once_differentiable
@@ -41,15 +47,15 @@ class _DoReFaWeights(torch.autograd.Function):
     def forward(ctx: Any, n: list[int], detach: list[bool], *tensors: Tensor) -> tuple[Tensor, ...]:
         scales, ws = tensors[: len(n)], tensors[len(n) :]
         ts = torch._foreach_tanh(ws)
-        ms = torch._foreach_clamp_min(torch._foreach_max(torch._foreach_abs(ts)), 1e-8)
+        ms = _divisor(torch.stack(torch._foreach_max(torch._foreach_abs(ts)))).unbind()
         ctx.save_for_backward(*scales, *ms, *ts)
         ctx.detach = detach
         hats = torch._foreach_div(ts, torch._foreach_mul(ms, 2))
         torch._foreach_add_(hats, 0.5)
         torch._foreach_mul_(hats, n)
         torch._foreach_round_(hats)
+        torch._foreach_sub_(hats, [k / 2 for k in n])
         torch._foreach_mul_(hats, [2 * scale / k for scale, k in zip(scales, n, strict=True)])
-        torch._foreach_sub_(hats, scales)
         return tuple(hats)
 
     @staticmethod
@@ -93,10 +99,10 @@ class _DoReFaWeightsInOneRow(torch.autograd.Function):
         ctx.sizes = [w.numel() for w in ws]
         layer, levels = _layout(tuple(ctx.sizes), tuple(n), ws[0].device)
         t = torch.cat(list(map(_in_memory_order, ws, ctx.last))).tanh_()
-        m = torch.stack(torch._foreach_norm(t.split(ctx.sizes), math.inf)).clamp_min_(1e-8)
+        m = _divisor(torch.stack(torch._foreach_norm(t.split(ctx.sizes), math.inf)))
         ctx.save_for_backward(t, m, scales, layer)
         row = (t / (2 * m)[layer]).add_(0.5).mul_(levels[layer]).round_()
-        return _DoReFaWeightsInOneRow.layers(ctx, row.mul_((2 * scales / levels)[layer]).sub_(scales[layer]))
+        return _DoReFaWeightsInOneRow.layers(ctx, row.sub_((levels / 2)[layer]).mul_((2 * scales / levels)[layer]))
 
     @staticmethod
     @once_differentiable
@@ -131,7 +137,8 @@ class DoReFaWeight(Quantizer):
     bits > 1: w_hat = scale * (2 Q(tanh(w) / (2 m) + 1/2) - 1), m = max|tanh(w)|, Q(r) = round(n r) / n, n = 2^bits - 1.
     The gradient of Q's round is 1; it flows through tanh and through the division by m: with g = dL/dw_hat,
     dL/dw = scale (1 - tanh^2 w) / m * (g - 1[w is the arg-max] sign(w) sum(g tanh w) / m), the last term shared evenly
-    among ties. 2^bits levels, none of them 0. Any shape.
+    among ties. 2^bits levels, none of them 0. Any shape. For an all-zero weight m is 1: w_hat = scale / n, dL/dw =
+    scale g.
 
     Departure: scale is 1 in the paper and here with init='scratch'. From a float net it is the constant that fits w_hat
     to the float weight in least squares, so that the running statistics of the following batch-norm, and the ranges
@@ -165,6 +172,7 @@ class DoReFaWeight(Quantizer):
     ) -> None:
         super().__init__()
         self.bits = check_bits(bits, 1, 16)
+        self.n = 2**self.bits - 1
         if gradient is not None and self.bits > 1:
             raise ValueError(f"weight_gradient={gradient} is through the sign of 1-bit weights, and w_bits is {bits}")
         self.slope = Slope(gradient or "identity")
@@ -176,12 +184,14 @@ class DoReFaWeight(Quantizer):
     def calibrate(self, x: Tensor) -> None:
         if self.bits > 1 and self.init != "scratch":
             w, hat = x.float(), self(x.float())
-            self.scale.copy_(self.scale * (w * hat).sum() / (hat * hat).sum())
+            share = (w * hat).sum() / (hat * hat).sum()
+            if share > 0:  # else the weight is all zeros: any scale fits, and with 0 no gradient would ever come back
+                self.scale.mul_(share)
 
     def quantize(self, x: Tensor) -> Tensor:
         if self.bits == 1:
             return self.slope.pass_through(x, ops.sign_value(x) * x.abs().mean())
-        return _DoReFaWeight.apply(x, self.levels - 1, self.scale, self.detach)  # type: ignore[no-any-return]
+        return _DoReFaWeight.apply(x, self.n, self.scale, self.detach)  # type: ignore[no-any-return]
 
     @classmethod
     def quantize_all(cls, weights: Sequence[Tensor], quantizers: Sequence[Quantizer]) -> list[Tensor]:
@@ -195,22 +205,15 @@ class DoReFaWeight(Quantizer):
                 hats[i] = q(w)
         if together:
             index, ws, qs = zip(*together, strict=True)
-            options = [q.levels - 1 for q in qs], [q.detach for q in qs]
+            options = [q.n for q in qs], [q.detach for q in qs]
             one = ws[0].is_cuda and len(set(options[1])) == 1
             function = _DoReFaWeightsInOneRow if one else _DoReFaWeights
             done = function.apply(*options, *[q.scale for q in qs], *ws)  # type: ignore[no-untyped-call]
             hats.update(zip(index, done, strict=True))
         return [hats[i] for i in range(len(weights))]
 
-    def codes(self, x: Tensor) -> Codes:
-        """Codes 0..n; values = (codes - n/2) * step."""
-        x, n = x.detach().float(), self.levels - 1
-        scale = x.abs().mean() if self.bits == 1 else self.scale
-        codes = x >= 0 if self.bits == 1 else (self(x) / (2 * scale / n) + n / 2).round()
-        return Codes(
-            "affine", codes.to(torch.int32), {"step": 2 * scale / n, "zero": torch.tensor(n / 2, device=x.device)}
-        )
-
-    def stored_bits(self, weight: Tensor) -> tuple[float, float]:
-        has_scale = self.bits == 1 or float(self.scale) != 1
-        return float(weight.numel() * self.bits), 32.0 * has_scale
+    def grid(self, x: Tensor | None = None) -> Affine:
+        """Codes 0..n; values = (codes - n/2) * 2 scale / n."""
+        if self.bits == 1:
+            return affine(None if x is None else 2 * x.detach().abs().mean(), 0, 1, zero=0.5)
+        return affine(2 / self.n if self.init == "scratch" else 2 * self.scale / self.n, 0, self.n, zero=self.n / 2)
