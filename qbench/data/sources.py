@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from qbench.data.cache import Splits, cache_folder, cached, fingerprint, locked
+from qbench.data.cache import Splits, cached, fingerprint, locked
 from qbench.data.folders import find_images, read_images
 from qbench.data.splits import Split
 from qbench.data.torchvision_loader import torchvision
 from qbench.errors import UserError
+from qbench.files import cache_folder
 
 # name -> torchvision's class, and the files below `root` that it reads.
 ORIGINALS = {
