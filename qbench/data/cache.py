@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import os
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -24,13 +25,13 @@ from qbench.files import atomic_write, cache_folder
 
 log = logging.getLogger(__name__)
 Splits = tuple[Split, Split]
-FORMAT = 2  # part of every key: raise it when the meaning of a file changes
+FORMAT = 3  # part of every key: raise it when the meaning of a file changes
 
 
 def fingerprint(root: Path, names: Iterable[str] = ("",)) -> list[Any]:
     """The resolved `root` and, of each file below it, [name, size, modification time]: changed by every ordinary edit.
 
-    Errors: UserError when a file is not there.
+    Errors: UserError when a file is not there, or is a pipe or the like.
     """
     try:
         stats = [(name, os.stat(os.path.join(root, name) if name else root)) for name in names]
@@ -38,7 +39,9 @@ def fingerprint(root: Path, names: Iterable[str] = ("",)) -> list[Any]:
         raise UserError(
             f"cannot read {error.filename}: {error.strerror}; set dataset.root to where the data lies"
         ) from error
-    return [str(root.resolve()), *([name, stat.st_size, stat.st_mtime_ns] for name, stat in stats)]
+    if strange := next((name for name, found in stats if not stat.S_ISREG(found.st_mode)), None):
+        raise UserError(f"{root / strange} is not an ordinary file; set dataset.root to where the data lie")
+    return [os.path.realpath(root), *([name, found.st_size, found.st_mtime_ns] for name, found in stats)]
 
 
 @contextmanager
