@@ -107,13 +107,14 @@ def write_mnist(root: Path, name: str = "MNIST") -> tuple[np.ndarray, np.ndarray
 
 
 @pytest.mark.parametrize(("name", "folder"), [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST")])
-def test_mnist_is_read(tmp_path: Path, name: str, folder: str, sized: Sized) -> None:
+def test_mnist_is_read(tmp_path: Path, name: str, folder: str, sized: Sized, caplog: pytest.LogCaptureFixture) -> None:
     sized(name, (12, 12, 10))
     images, labels = write_mnist(tmp_path, folder)
     data = load({"name": name, "root": str(tmp_path), "channels": 1, "size": 28, "mean": [0.1], "std": [0.3]})
     assert isinstance(data.train, Split)
     got = {(int(y), x.numpy().tobytes()) for x, y in zip(data.train.images, data.train.labels, strict=True)}
     assert got == {(int(y), x.tobytes()) for x, y in zip(images, labels, strict=True)}
+    assert "the images to train and to test are the same" in caplog.text
 
 
 def write_svhn(root: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
