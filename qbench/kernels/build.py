@@ -12,7 +12,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from qbench.errors import UserError
+from qbench.files import cache_folder, locked
 
 SOURCE = Path(__file__).with_name("fused.cpp")
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math")
@@ -28,8 +29,7 @@ class CannotBuild(Exception):
 def folder() -> Path:
     """Where compiled kernels lie: `QBENCH_KERNELS`, or `kernels` in the cache folder."""
     own = os.environ.get("QBENCH_KERNELS")
-    cache = Path(os.environ.get("QBENCH_CACHE") or Path.home() / ".cache" / "qbench")
-    return Path(own) if own else cache / "kernels"
+    return Path(own) if own else cache_folder() / "kernels"
 
 
 def compiler() -> list[str]:
@@ -89,12 +89,12 @@ def library() -> ctypes.CDLL:
         place.mkdir(parents=True, exist_ok=True)
         target = place / f"fused-{_key(command)}.so"
         if not target.is_file():
-            with FileLock(f"{target}.lock"):
+            with locked(f"{target}.lock"):
                 if not target.is_file():
                     log.warning("compiling the kernels with %s: once on this machine, some 10 s", command[0])
                     _compile(command, target)
         return ctypes.CDLL(str(target))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, UserError, subprocess.SubprocessError) as error:
         raise CannotBuild(str(error)) from error
 
 

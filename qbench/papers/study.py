@@ -15,12 +15,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from qbench.config import catalog
 from qbench.config.source import code_hash
 from qbench.errors import UserError, unknown
-from qbench.files import atomic_write
+from qbench.files import atomic_write, locked
 from qbench.papers import cards, pages
 from qbench.papers.cards import Card, Row
 from qbench.papers.results import RESULTS, entry, finished, key_of, read
@@ -278,7 +276,7 @@ class Study:
     def save(self) -> None:
         """Write results.json; what another study wrote there meanwhile stays."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.folder / ".lock"):
+        with locked(self.folder / ".lock"):
             self.kept.merge(read(self.folder))
             atomic_write(self.folder / RESULTS, self.kept.text())
 

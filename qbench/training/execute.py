@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from filelock import FileLock, Timeout
 from torch import nn
 
 from qbench import files, kernels
@@ -85,22 +84,18 @@ def _make_folder(folder: Path) -> None:
 
 @contextmanager
 def _sole_owner(folder: Path, screen: Screen) -> Iterator[None]:
-    """Hold the folder's lock; the system frees it when its holder dies."""
+    """Hold the folder's lock."""
     if evaluation.rank() > 0:
         yield
         return
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        screen.line(f"waiting: another process is at work in {folder}")
-        lock.acquire()
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}. Choose another folder with out=DIR.") from error
-    try:
+    with ExitStack() as held:
+        try:
+            held.enter_context(
+                files.locked(folder / ".lock", lambda: screen.line(f"waiting: another process is at work in {folder}"))
+            )
+        except OSError as error:
+            raise UserError(f"cannot write {folder}: {error.strerror}. Choose another folder with out=DIR.") from error
         yield
-    finally:
-        lock.release()
 
 
 def float_parent(run: Run, screen: Screen) -> tuple[Path, dict[str, Any]]:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from qbench import files
 from qbench.config.identity import digest
-from qbench.data.cache import cache_folder, locked
+from qbench.data.cache import locked
 from qbench.errors import UserError
 from qbench.training import device
 from qbench.training.build import place_net
@@ -65,7 +65,7 @@ def _remembered(
     place, threads = device.pick(config["device"]), device.set_threads(config["threads"])
     machine = [device.cpu(), torch.__version__, torch.cuda.get_device_name() if place.type == "cuda" else "cpu"]
     key = digest([config["model"], list(shape), batch, threads, config["channels_last"], machine])
-    path = cache_folder() / f"precision-{key}.json"
+    path = files.cache_folder() / f"precision-{key}.json"
     if (found := _kept(path)) is None:
         with locked(path) as writable:  # runs that start together must come to one answer, and not disturb the timing
             if (found := _kept(path)) is None:

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import yaml
-from filelock import FileLock
 from matplotlib.figure import Figure
 
 from qbench.cli.overrides import resolve_row
 from qbench.config import catalog
 from qbench.config.source import code_hash
 from qbench.errors import UserError
+from qbench.files import locked
 from qbench.papers import cards, pages, plots, study
 from qbench.papers.cards import Card, Claim, Row
 from qbench.papers.cells import cells as cells_of
@@ -392,7 +392,7 @@ def test_a_study_waits_for_another_that_writes(tmp_path: Path) -> None:
     mine = study.Study(toy(tmp_path), study.Ask(out=str(tmp_path / "o"), results=tmp_path / "r"), resolve_row)
     mine.kept.add(entry("float", 1.0))
     mine.folder.mkdir(parents=True)
-    with FileLock(mine.folder / ".lock"):
+    with locked(mine.folder / ".lock"):
         writer = threading.Thread(target=mine.save)
         writer.start()
         writer.join(0.3)

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from filelock import FileLock
+
+from qbench import files
 
 Cli = Callable[..., Any]
 TINY = (
@@ -154,7 +155,7 @@ def test_the_lock_of_a_dead_process_stops_nobody(process: Cli, tiny: Cli, tmp_pa
     assert lock.is_file()
     one.kill()
     one.communicate()
-    with FileLock(lock).acquire(timeout=5):
+    with files.locked(lock, lambda: pytest.fail("the lock of a killed process is held")):
         pass
 
 
@@ -163,7 +164,7 @@ def test_a_living_lock_is_waited_for(process: Cli, tiny: Cli, tmp_path: Path) ->
     said = tiny("method=float", "out=o")
     folder = run_folder(tmp_path / "o", "float")
     (folder / "result.json").unlink()
-    with FileLock(folder / ".lock"):
+    with files.locked(folder / ".lock"):
         one = process("method=float", *TINY)
         assert one.stdout is not None
         line = one.stdout.readline()
