@@ -8,7 +8,7 @@ from typing import Any
 from qbench.errors import UserError, unknown
 
 SCHEDULES = ("constant", "step", "cosine", "linear", "exponential", "onecycle")
-KERNELS = ("auto", "cpp", "numba", "compile", "torch")
+KERNELS = ("auto", "cpp", "compile", "torch")
 PRECISIONS = ("fp32", "tf32", "bf16", "auto")  # auto: qbench.training.precision replaces it before anything is trained
 # Names for `optimizer`, beside the dotted path of any class, and what torch.optim calls them.
 OPTIMIZERS = {

@@ -55,7 +55,7 @@ def test_quick_benchmark_writes_a_list_of_entries(cli: Cli, tmp_path: Path) -> N
         assert e["base_seconds"] > 0
         assert set(e["machine"]) >= {"cpu", "cores", "threads", "torch"}
         assert e["name"] in said.out
-    assert {e["mode"].partition("/")[2] for e in entries if e["name"] == "step/pact"} <= {"compiler", "numba", "torch"}
+    assert {e["mode"].partition("/")[2] for e in entries if e["name"] == "step/pact"} <= {"compiler", "torch"}
     assert next(e["images_per_s"] for e in entries if e["name"] == "data/augment") > 0
     # What is measured again replaces what was there; the rest stays.
     assert cli("bench", "quick=true", "only=step/pact", "rounds=1", "precision=fp32", "out=o").status == 0
@@ -71,7 +71,7 @@ def test_quick_benchmark_writes_a_list_of_entries(cli: Cli, tmp_path: Path) -> N
         (("rounds=0",), "rounds must be a whole number above 0, got '0'"),
         (("quick=yes",), "quick must be true or false, got 'yes'"),
         (("model=resnet21",), "resnet20"),
-        (("kernels=gpu",), "cpp, numba, torch"),
+        (("kernels=gpu",), "cpp, compile, torch"),
         (("onyl=x",), "Did you mean 'only='"),
         (("chek",), "check"),
         (("page", "against=nowhere.json"), "no nowhere.json"),
