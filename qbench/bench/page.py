@@ -59,7 +59,7 @@ def _rows(head: list[str], rows: list[list[str]]) -> str:
 
 def _plain(entries: list[Entry]) -> str:
     """One row per entry."""
-    head = ["what", "mode", "ratio", "time", "images/s", "memory", "accuracy", "against", "auto takes"]
+    head = ["what", "mode", "ratio", "time", "images/s", "memory", "accuracy", "against"]
     rows = [
         [
             e["name"],
@@ -70,7 +70,6 @@ def _plain(entries: list[Entry]) -> str:
             _memory(e),
             _accuracy(e, ""),
             _accuracy(e, "base_"),
-            (e.get("values") or {}).get("auto", ""),
         ]
         for e in entries
     ]

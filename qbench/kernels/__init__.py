@@ -40,8 +40,8 @@ def available() -> dict[str, bool]:
 def use(mode: str) -> str:
     """Switch all nets of this process to a tier; returns the one now in use: cpp, compile or torch.
 
-    `auto` is cpp. In place of cpp, where it does not work, comes torch, and in place of a tier of older versions cpp; why
-    is said once per process.
+    `auto` is cpp. In place of cpp, where it does not work, comes torch, and in place of a tier of older versions cpp;
+    why is said once per process.
 
     Errors: ValueError on an unknown mode.
     """

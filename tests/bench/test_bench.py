@@ -1,11 +1,10 @@
-"""The benchmark: its names and numbers, what it holds a later version to, its page; precision=auto; start-up."""
+"""The benchmark: its names and numbers, what it holds a later version to, its page; start-up."""
 
 import json
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,6 @@ from qbench.bench.timing import Entry, alternate, ratio
 from qbench.bench.whole import FIRST_STEP
 from qbench.config import catalog
 from qbench.errors import UserError
-from qbench.models.tiny import Tiny
-from qbench.training import precision
 
 Cli = Callable[..., Any]
 ROOT = Path(__file__).resolve().parents[2]
@@ -186,55 +183,6 @@ def test_the_committed_page_is_that_of_the_committed_numbers() -> None:
     assert names <= {*(f"step/{n}" for n in catalog.names("method")), *(n for n in names if not n.startswith("step/"))}
     for e in entries:
         assert set(e["machine"]) <= {"cpu", "cores", "threads", "torch", "python", "gpu"}
-
-
-def test_auto_takes_bf16_only_where_it_is_clearly_faster() -> None:
-    assert precision.fastest({"fp32": 1.0, "bf16": 0.9}) == "bf16"
-    assert precision.fastest({"fp32": 1.0, "bf16": 0.97}) == "fp32"
-    assert precision.fastest({"fp32": 1.0, "bf16": 1.2}) == "fp32"
-    times = precision.time_steps(Tiny(channels=1, classes=4, size=8), 4, (1, 8, 4), torch.device("cpu"), True)
-    assert set(times) == {"fp32", "bf16"}
-    assert all(t > 0 for t in times.values())
-
-
-@pytest.mark.parametrize("taken", ["fp32", "bf16"])
-def test_auto_is_the_run_that_names_what_it_took(
-    tiny: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: str
-) -> None:
-    timed: list[int] = []
-    times = {"fp32": 2.0, "bf16": 1.0 if taken == "bf16" else 3.0}
-    monkeypatch.setattr(precision, "time_steps", lambda *args: (timed.append(1), times)[1])
-    words = ("method=float", "precision=auto", "out=o")
-    said = tiny(*words)
-    assert said.status == 0, said.err
-    assert f"precision=auto: {taken} (the float net: 2e+03 ms in fp32" in said.out
-    (path,) = (tmp_path / "o").rglob("result.json")
-    result = json.loads(path.read_text())
-    assert result["precision"] == taken
-    assert result["auto"]["precision"]["train"] == times
-    assert "auto" not in json.dumps(result["identity"])
-    assert len(timed) == 1  # the parent's recipe finds the answer kept
-    monkeypatch.setattr(precision, "time_steps", lambda *args: {"fp32": 1.0, "bf16": 1.0})
-    assert "done before" in tiny(*words).out  # whatever a later timing would say
-    assert "done before" in tiny("method=float", f"precision={taken}", "out=o").out
-    assert len(list((tmp_path / "o").rglob("result.json"))) == 1
-
-
-def test_runs_that_start_together_come_to_one_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("QBENCH_CACHE", str(tmp_path))
-    timed: list[int] = []
-
-    def timing(*args: object) -> dict[str, float]:
-        timed.append(1)
-        time.sleep(0.1)  # both ask before the first has its answer
-        return {"fp32": 1.0, "bf16": float(len(timed))}
-
-    monkeypatch.setattr(precision, "time_steps", timing)
-    config = {"device": "cpu", "threads": torch.get_num_threads(), "model": {"name": "tiny"}, "channels_last": True}
-    with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(lambda _: precision._remembered(config, 4, (1, 8, 4), torch.nn.Identity), range(2)))
-    assert found == [{"fp32": 1.0, "bf16": 1.0}] * 2
-    assert len(timed) == 1
 
 
 def test_a_run_takes_its_first_step_soon(tmp_path: Path) -> None:
