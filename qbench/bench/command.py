@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from qbench.bench import gpu, memory, page, peers, speed, whole
+from qbench.bench import busy, gpu, memory, page, peers, speed, whole
 from qbench.bench.setting import Setting, use_kernels
 from qbench.bench.timing import Entry
 from qbench.cli.usage import HELP
@@ -125,6 +125,7 @@ def jobs(s: Setting) -> dict[str, Callable[[], Iterator[Entry]]]:
     found |= {"cost/*": partial(whole.records, s), "start/*": partial(whole.start, s)}
     if not s.quick:
         found["sweep/12"] = partial(whole.sweep, s)
+        found["busy"] = partial(busy.steps, s)
         found |= {"accuracy/digits": partial(whole.bf16, s), "accuracy/kernels": partial(whole.kernels, s)}
     return found
 

@@ -24,6 +24,7 @@ SECTIONS = {
     "cost": "Checkpoints and records, as a share of the training that they interrupt",
     "start": "The start of the program",
     "sweep": "A sweep of twelve runs",
+    "busy": "A plain float step beside other programs, by how OpenMP's threads wait",
     "accuracy": "What bf16 and the kernels cost in accuracy",
     "gpu": "On a GPU",
 }

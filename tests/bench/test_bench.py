@@ -1,6 +1,7 @@
 """The benchmark: its names and numbers, what it holds a later version to, its page; start-up."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from qbench import kernels
-from qbench.bench import command, gpu, memory, page
+from qbench.bench import busy, command, gpu, memory, page
 from qbench.bench.setting import STEPS, Setting, trainer
 from qbench.bench.timing import Entry, alternate, ratio
 from qbench.bench.whole import FIRST_STEP
@@ -68,7 +69,7 @@ def test_quick_benchmark_writes_a_list_of_entries(cli: Cli, tmp_path: Path) -> N
         (("rounds=0",), "rounds must be a whole number above 0, got '0'"),
         (("quick=yes",), "quick must be true or false, got 'yes'"),
         (("model=resnet21",), "resnet20"),
-        (("kernels=gpu",), "cpp, compile, torch"),
+        (("kernels=gpu",), "compile, cpp, torch"),
         (("onyl=x",), "Did you mean 'only='"),
         (("chek",), "check"),
         (("page", "against=nowhere.json"), "no nowhere.json"),
@@ -252,3 +253,31 @@ def test_a_gpu_that_is_not_there_is_named(cli: Cli) -> None:
     said = cli("bench", "device=cuda", "quick=true")
     assert (said.status, "torch sees no GPU" in said.err) == (2, True) or torch.cuda.is_available()
     assert "Traceback" not in said.err
+
+
+def test_a_step_beside_busy_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Policies reach the processes that take the steps, the programs run while they do, and all end."""
+    started: list[str] = []
+    asked: list[dict[str, str]] = []
+    real, elsewhere = subprocess.Popen, busy.Elsewhere
+
+    def start(words: list[str], **options: Any) -> Any:
+        started.append(words[-1])
+        return real(words, **options)
+
+    class Noted(elsewhere):  # type: ignore[valid-type, misc]
+        def __enter__(self) -> Any:
+            asked.append({name: os.environ[name] for name in busy.NAMES if name in os.environ})
+            return super().__enter__()
+
+    monkeypatch.setattr(busy.subprocess, "Popen", start)
+    monkeypatch.setattr(busy, "Elsewhere", Noted)
+    monkeypatch.setattr(busy, "POLICIES", {name: busy.POLICIES[name] for name in ("default", "passive")})
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    found = list(busy.steps(Setting(models=("tiny",), batch=4, rounds=1, threads=1)))
+    assert [e.mode for e in found] == [f"{n} beside/{p}" for n in (0, 1, 2) for p in ("default", "passive")]
+    assert all(e.ratio == 1 for e in found if e.mode.endswith("default"))
+    assert asked == [{}, {"OMP_WAIT_POLICY": "PASSIVE"}]
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+    assert started == [busy.PROGRAM] * 3
+    assert "how OpenMP's threads wait" in page.page([{**e.plain(), "machine": entry()["machine"]} for e in found])
