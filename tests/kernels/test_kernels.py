@@ -134,6 +134,21 @@ def test_bf16_stays_bf16_and_differs_by_no_more_than_its_rounding(tier: str, nam
     assert y.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("make", [pact, lsq, partial(lsq, 8, True)])
+def test_values_on_the_edge_of_two_levels_fall_as_in_torch(tier: str, make: Callable[[], quantizer.Quantizer]) -> None:
+    q = make()
+    (scale,) = q.parameters()
+    for value in torch.linspace(0.5, 3, 300):
+        with torch.no_grad():
+            scale.fill_(value)
+            step = scale / 15 if isinstance(q, PACT) else scale
+            edges = (torch.arange(-4, 16) + 0.5) * step
+            x = torch.stack([edges, edges.nextafter(torch.tensor(9e9)), edges.nextafter(torch.tensor(-9e9))])
+            y = q(x)
+            with kernels.using("torch"):
+                assert y.equal(q(x)), value
+
+
 def test_a_nan_shows(tier: str) -> None:
     for name, make in QUANTIZERS.items():
         assert make()(torch.tensor([1.0, torch.nan]))[1].isnan(), name  # the reference of sign says -1 instead
