@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from qbench.cli.overrides import check, check_options, forced, parse, resolve_row
 from qbench.cli.usage import HELP, USAGE
+from qbench.cli.waiting import sleep_while_waiting
 from qbench.config import catalog
 from qbench.errors import UserError, unknown
 
@@ -31,6 +32,7 @@ FLAGS = (*ASKING[1:], *FLAGS_WITH_VALUE, *SWITCHES, "--experimental-rerun")  # H
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit status."""
     args = list(sys.argv[1:] if argv is None else argv)
+    sleep_while_waiting()
     debug = any(a.strip().lower() in ("debug=true", "debug=1") for a in args)
     try:
         return _dispatch(args)

@@ -69,7 +69,8 @@ qbench bench page                     docs/benchmarks.md from docs/benchmarks.js
 
   only=step/pact,data/*   what to measure           model=resnet20,...      nets (default resnet20)
   rounds=5  batch=128     repetitions, images       precision=fp32,bf16
-  threads=                CPU threads (all cores)   kernels=auto            cpp, numba, compile, torch: or several
+  threads=                CPU threads (all cores)   kernels=auto            cpp, compile, torch: or several
+  only=busy               a step beside other programs, by how its threads wait (OMP_WAIT_POLICY, GOMP_SPINCOUNT)
   peers=true              Brevitas, torch.ao and torchao beside ours, where they are installed
   device=cuda             what is measured on a GPU: steps as CUDA graphs and op by op, data, runs side by side
   quick=true              seconds, on a tiny net    out=DIR                 write DIR/bench.json (entries that it

@@ -10,7 +10,7 @@ from qbench.errors import UserError, unknown
 DECAYS = ("all", "weights", "last")
 SCHEDULES = ("constant", "step", "cosine", "linear", "exponential", "onecycle")
 LOSSES = ("cross_entropy", "squared_hinge")
-KERNELS = ("auto", "cpp", "numba", "compile", "torch")
+KERNELS = ("auto", "cpp", "compile", "torch")
 PRECISIONS = ("fp32", "tf32", "bf16", "auto")  # auto: qbench.training.precision replaces it before anything is trained
 # Names for `optimizer`, beside the dotted path of any class, and what torch.optim calls them.
 OPTIMIZERS = {

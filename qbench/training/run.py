@@ -39,8 +39,8 @@ class Run:
 def prepare(config: dict[str, Any], data: DataSet | None = None) -> Run:
     """Load the data, decide what was left to `auto`, and name the run's folder."""
     data = load(config["dataset"]) if data is None else data
-    shape, plain = (data.channels, data.size, data.classes), config
-    config = precision.decided(config, shape, lambda: make_model(plain, data))
+    plain = config
+    config = precision.decided(config, lambda: make_model(plain, data))
     facts = {k: getattr(data, k) for k in ("name", "checksum", "augment", "mean", "std")}
     if data.preprocess != "standard":
         facts["preprocess"] = data.preprocess
