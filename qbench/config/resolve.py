@@ -82,6 +82,10 @@ def _check(config: Mapping[str, Any]) -> None:
         raise unknown("protocol", str(config["protocol"]), PROTOCOLS)
     if config["precision"] not in (None, *PRECISIONS):
         raise unknown("precision", str(config["precision"]), PRECISIONS)
+    if config["init_head"] not in (None, "new"):
+        raise unknown("init_head", str(config["init_head"]), ("null", "new"))
+    if config["init_head"] and config["init"] in ("scratch", "float"):
+        raise UserError(f"init_head=new is for init=CHECKPOINT, got init={config['init']}")
     for name, lo in (("seed", 0), ("workers", 1)):
         if isinstance(config[name], bool) or not isinstance(config[name], int) or config[name] < lo:
             raise UserError(f"{name} must be a whole number of at least {lo}, got {config[name]!r}")
@@ -152,6 +156,7 @@ def parent_of(config: Mapping[str, Any]) -> dict[str, Any]:
         "w_bits": bits.FLOAT,
         "a_bits": bits.FLOAT,
         "init": "scratch",
+        "init_head": None,
         "protocol": "paper",
         "kernels": "auto",  # one parent for all tiers
         "train": config["parent"],
@@ -178,6 +183,7 @@ def identity(config: Mapping[str, Any], data: Mapping[str, Any], init: str) -> d
         "data": data,
         "recipe": {k: v for k, v in config["train"].items() if v != DEFAULTS[k] and k not in unread},
         "init": init,
+        "init_head": config.get("init_head"),
         "seed": config["seed"],
         "bits": [config["w_bits"], config["a_bits"]],
         "distill": config["distill"] if config["distill"]["weight"] else None,

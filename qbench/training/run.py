@@ -21,7 +21,7 @@ from qbench.data import DataSet, batches, load
 from qbench.errors import UserError
 from qbench.figures.report import tell
 from qbench.quant.hooks import Distill
-from qbench.records import read_result
+from qbench.records import read_before, read_result, trained
 from qbench.screen import Screen
 from qbench.training import checkpoint, device, evaluation, precision, trainer
 from qbench.training.build import clear_errors, make_method, make_model, place_net, quantize, seed_of
@@ -120,7 +120,9 @@ def _try(run: Run) -> None:
     device.pick(run.config["device"])
     device.set_threads(run.config["threads"])
     _distillation(run.config)
-    quantize(run.config, make_model(run.config, run.data), make_method(run.config))
+    model = make_model(run.config, run.data)
+    start_from_file(run, model, Screen(quiet=True))
+    quantize(run.config, model, make_method(run.config))
 
 
 def _distillation(config: dict[str, Any]) -> list[Distill]:
@@ -168,36 +170,38 @@ def float_parent(run: Run, screen: Screen) -> tuple[Path, dict[str, Any]]:
         if found is not None:
             if not (done.folder / "model.pt").is_file():
                 raise UserError(f"{done.folder} has lost its model.pt; move the folder away, and it is trained again")
-            screen.line(f"float parent: {done.folder} ({found['accuracy_last']:.2f} %)")
+            screen.line(f"float parent: {done.folder} ({trained(found, done.folder)['accuracy_last']:.2f} %)")
             return done.folder / "model.pt", found
     screen.line(f"float parent: training it once, in {parent.folder}")
-    found = _execute(parent, screen)
+    found = trained(_execute(parent, screen), parent.folder)
     return parent.folder / "model.pt", found
 
 
 def start_weights(run: Run, model: nn.Module, screen: Screen) -> float | None:
     """Load what the run starts from into `model`; returns the float accuracy where it is known."""
     init = run.config["init"]
-    if init == "scratch":
-        return None
     if init == "float":
         path, result = float_parent(run, screen)
-        accuracy = float(result["accuracy_last"])
-    else:
-        path, accuracy = _checkpoint_file(init), None
+        checkpoint.load_weights(model, path)
+        return float(result["accuracy_last"])
+    start_from_file(run, model, screen)
+    return None
+
+
+def start_from_file(run: Run, model: nn.Module, screen: Screen) -> None:
+    """Load the checkpoint that `init` names, if it names one, into `model`."""
+    if run.config["init"] not in ("scratch", "float"):
+        path = _checkpoint_file(run.config["init"])
         _check_data(path, run)
-    for line in checkpoint.load_weights(model, path):
-        screen.line(f"  {line}")
-    return accuracy
+        for line in checkpoint.load_weights(model, path, run.config["init_head"] == "new"):
+            screen.line(f"  {line}")
 
 
 def _check_data(path: Path, run: Run) -> None:
     """Refuse a checkpoint of ours that was trained on other data (its test images may have been training images)."""
     beside = path.parent / "result.json"
-    if beside.is_file():
-        theirs = json.loads(beside.read_text()).get("identity", {}).get("data", {}).get("checksum")
-        if theirs not in (None, run.data.checksum):
-            raise UserError(f"{path} was trained on other data than dataset={run.data.name} (or another split of it)")
+    if beside.is_file() and read_result(beside)["identity"]["data"]["checksum"] != run.data.checksum:
+        raise UserError(f"{path} was trained on other data than dataset={run.data.name} (or another split of it)")
 
 
 def _compute(run: Run, screen: Screen) -> dict[str, Any]:
@@ -219,6 +223,7 @@ def _train(run: Run, screen: Screen, opened: ExitStack) -> dict[str, Any]:
         tests["val"] = make_batches(run, data.val, place, False)
     if config["init"] not in ("scratch", "float"):
         accuracy_float = evaluation.evaluate(model, tests["test"], place, recipe.precision)[1]
+        screen.line(f"start: {config['init']} ({accuracy_float:.2f} % in float)")
     teacher = _teacher(run, screen, place)
     kept = quantize(config, model, method)
     model.to(place)
@@ -309,7 +314,7 @@ def _calibrated(run: Run, loop: trainer.Trainer, screen: Screen) -> float | None
     scratch = run.config["init"] == "scratch"
     if loop.restore():
         screen.line(f"resumed at step {loop.state.step} of {loop.total}")
-        return json.loads(note.read_text())["accuracy_before_training"]  # type: ignore[no-any-return]
+        return read_before(run.folder)
     data, recipe, seed = run.data, loop.recipe, run.config["seed"]
     order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed_of(seed, "calibration")))
     images = make_batches(run, data.train.take(order[: recipe.calibration]), loop.device, False, shared=True)
