@@ -224,7 +224,8 @@ def check(value: Any, shape: Any, place: str = "") -> None:
     """Compare parsed JSON with a shape (see RESULT_SHAPE). Errors: ValueError naming the field."""
     kind: Any = dict if isinstance(shape, dict | Each) else list if isinstance(shape, list) else shape
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        names = " or ".join(NAMES[k] for k in (kind if isinstance(kind, tuple) else (kind,)))
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        names = " or ".join(NAMES[k] for k in kinds if k is not int or float not in kinds)
         raise ValueError(f"{place or 'it'} must be {names}, got {json.dumps(value, default=str)[:40]}")
     inner: Iterable[tuple[Any, Any, Any]] = ()
     if isinstance(shape, dict):
@@ -252,8 +253,12 @@ def parsed(text: str) -> Any:
             refuse(word)
         return value
 
+    def whole(word: str) -> int:
+        number(word)  # what no float can hold is nobody's count, and fails where it is written out
+        return int(word)
+
     try:
-        return json.loads(text, parse_constant=refuse, parse_float=number)
+        return json.loads(text, parse_constant=refuse, parse_float=number, parse_int=whole)
     except RecursionError as error:
         raise ValueError("lists or mappings lie too deep in each other") from error
 

@@ -50,14 +50,15 @@ def load(path: Path) -> Any:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
+    inner, mark, noted = data.rpartition(MARK)
+    whole = not (mark and len(noted) == 64) or hashlib.sha256(inner[:-2] + b"\0\0").hexdigest().encode() == noted
     try:
-        inner, mark, noted = data.rpartition(MARK)
-        if len(noted) == 64 and mark and hashlib.sha256(inner[:-2] + b"\0\0").hexdigest() != noted.decode("latin-1"):
+        if not whole:
             raise ValueError("it is not what was written: its hash differs")
         with torch.serialization.safe_globals(HARMLESS):
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:
-        if strange := _strange(data):
+        if whole and (strange := _strange(data)):
             raise UserError(
                 f"{path} is no plain checkpoint: it holds {strange}, and reading such an object could run any code. "
                 "Save the weights alone, where you trust it: torch.save(model.state_dict(), FILE)"
