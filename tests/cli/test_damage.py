@@ -42,7 +42,7 @@ def test_a_folder_from_elsewhere_runs_nothing(
     whole = (folder / "config.yaml").read_text()
     rewrite(folder / "config.yaml", lambda c: c["model"].update(parts=[evil]))
     said = cli("eval", folder)
-    assert (said.status, "config.yaml: model.parts.0._target_ names 'pathlib.Path.write_text'" in said.err) == (2, True)
+    assert (said.status, "config.yaml: model.parts.0._args_.0._target_ names 'pathlib.Path'" in said.err) == (2, True)
     with pytest.raises(UserError, match="allow=pathlib"):
         qbench.load(folder)
     assert not Path("ran").exists()

@@ -25,6 +25,7 @@ from qbench.papers.cards import Card, Claim, Row
 from qbench.papers.cells import cells as cells_of
 from qbench.papers.cells import title, verdict
 from qbench.papers.results import RESULTS, Kept, key_of, progress, read, split_of
+from qbench.records import opened
 
 ROOT = Path(__file__).resolve().parents[2]
 CARDS = cards.names()
@@ -351,7 +352,7 @@ def test_two_studies_that_write_the_same_file_keep_both(tmp_path: Path) -> None:
     one.merge(other)
     assert sorted((e["row"], e["accuracy_last"]) for e in one.entries) == [("a", 1.0), ("b", 2.0)]
     text = one.text()
-    assert json.loads(text) == {"runs": one.entries[::-1], "failed": {}}
+    assert opened(json.loads(text)) == {"runs": one.entries[::-1], "failed": {}}
     assert Kept(one.entries[::-1]).text() == text
 
 
