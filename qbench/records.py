@@ -116,7 +116,7 @@ def read_before(folder: Path) -> float | None:
     Errors: UserError where the file is missing or corrupt.
     """
     with named(folder / BEFORE):
-        content = parsed(text_of(folder / BEFORE))
+        content = opened(parsed(text_of(folder / BEFORE)))
         check(content, {"accuracy_before_training": OPEN})
     return content["accuracy_before_training"]  # type: ignore[no-any-return]
 

@@ -159,7 +159,8 @@ def test_the_accuracy_before_training(tmp_path: Path) -> None:
     for content, value in (("null", None), ("31.5", 31.5)):
         (tmp_path / "before.json").write_text(f'{{"accuracy_before_training": {content}}}')
         assert read_before(tmp_path) == value
-    for content in ("{}", '{"accuracy_before_training": "x"}', "{"):
+    changed = json.dumps({**sealed({"accuracy_before_training": 31.5}), "accuracy_before_training": 13.5})
+    for content in ("{}", '{"accuracy_before_training": "x"}', "{", changed):
         (tmp_path / "before.json").write_text(content)
         with pytest.raises(UserError, match=r"before\.json is corrupt"):
             read_before(tmp_path)

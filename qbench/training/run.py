@@ -21,7 +21,7 @@ from qbench.data import DataSet, batches, load
 from qbench.errors import UserError
 from qbench.figures.report import tell
 from qbench.quant.hooks import Distill
-from qbench.records import read_before, read_result, trained
+from qbench.records import read_before, read_result, sealed, trained
 from qbench.screen import Screen
 from qbench.training import checkpoint, device, evaluation, precision, trainer
 from qbench.training.build import clear_errors, make_method, make_model, place_net, quantize, seed_of
@@ -327,7 +327,7 @@ def _calibrated(run: Run, loop: trainer.Trainer, screen: Screen) -> float | None
         before = evaluation.evaluate(loop.model, loop.tests["test"], loop.device, recipe.precision)[1]
         screen.line(f"calibrated only: {before:.2f} %")
     if evaluation.rank() == 0:
-        files.atomic_write(note, json.dumps({"accuracy_before_training": before}))
+        files.atomic_write(note, json.dumps(sealed({"accuracy_before_training": before})))
     checkpoint.seed_all(seed_of(seed, f"training {evaluation.rank()}"))
     return before
 
