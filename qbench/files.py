@@ -21,6 +21,7 @@ except ImportError:  # a system without flock
 POLL = 0.1  # seconds between two looks at a lock that another holds
 BEAT = 5.0  # seconds between two signs of life of a lock that the system does not keep
 SILENT = 60.0  # seconds without one, after which its holder is taken for dead
+TEMPORARY = ".qbench-part"  # how the name of a file that is being written ends
 
 
 def atomic_write(path: str | os.PathLike[str], content: bytes | str) -> Path:
@@ -32,7 +33,7 @@ def atomic_write(path: str | os.PathLike[str], content: bytes | str) -> Path:
     data = content.encode() if isinstance(content, str) else content
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}. Choose another folder with out=DIR.") from error
     try:
@@ -49,6 +50,13 @@ def atomic_write(path: str | os.PathLike[str], content: bytes | str) -> Path:
         Path(temporary).unlink(missing_ok=True)
         raise
     return path
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove what `atomic_write` was writing in `folder` when it was killed, and nothing else."""
+    for path in folder.glob(f".*{TEMPORARY}"):
+        if path.is_file() and not path.is_symlink():
+            path.unlink(missing_ok=True)
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:

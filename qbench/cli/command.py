@@ -120,13 +120,20 @@ def _evaluate(args: list[str]) -> int:
         raise UserError(f"no such run or checkpoint: {path}")
     if (folder / "config.yaml").is_file() and (path.is_dir() or path.name == "model.pt"):
         given = {o.key_or_group: o.value() for o in parse(overrides)}
+        place, packages = given.pop("device", None), given.pop("allow", [])
         strange = [key for key in given if not key.startswith("dataset.")]
         if strange:
-            raise UserError(f"a run is evaluated as it was trained; only dataset.* may be set, got {strange[0]}")
+            raise UserError(
+                f"a run is evaluated as it was trained; only dataset.*, device and allow may be set, got {strange[0]}"
+            )
+        if place not in (None, "auto", "cpu", "cuda"):
+            raise unknown("device", str(place), ("auto", "cpu", "cuda"))
+        allow = [str(p) for p in packages] if isinstance(packages, list) else str(packages).split(",")
         from qbench.figures.report import percent
         from qbench.training.finished import evaluate
 
-        result, loss, accuracy = evaluate(folder, {k.removeprefix("dataset."): v for k, v in given.items()})
+        dataset = {k.removeprefix("dataset."): v for k, v in given.items()}
+        result, loss, accuracy = evaluate(folder, dataset, None if place is None else str(place), allow)
         recorded = percent(result.get("accuracy_last"))
         print(f"{folder}: accuracy {accuracy:.2f} %, loss {loss:.4f} (recorded: {recorded} %)")
         return 0

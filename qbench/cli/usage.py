@@ -42,7 +42,10 @@ qbench table [DIR]              one row for each setting of the results below DI
 qbench eval RUN [dataset.NAME=value ...]        the net of a finished run, on its test set
 qbench eval CHECKPOINT [option=value ...]       a plain float state_dict; the options say which net and data
 
-  dataset.root=DIR      where the data lie; of a run's options only those of the data set may be set
+  dataset.root=DIR      where the data lie; of a run's options only those of the data set and the device may be set
+  device=cpu            auto, cpu or cuda; as the run was trained by default
+  allow=PACKAGE         a run's folder builds classes of qbench, torch.nn, torch.optim and torchvision.models, else
+                        nothing: whoever wrote it could run any code here. PACKAGE (or [A,B]) may be used too
   model=  dataset=      of a plain checkpoint (resnet20, digits)
 """,
     "compare": """\

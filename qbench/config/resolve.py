@@ -122,6 +122,10 @@ def _check(config: Mapping[str, Any]) -> None:
         raise unknown("protocol", str(config["protocol"]), PROTOCOLS)
     if config["precision"] not in (None, *PRECISIONS):
         raise unknown("precision", str(config["precision"]), PRECISIONS)
+    if config["init_head"] not in (None, "new"):
+        raise unknown("init_head", str(config["init_head"]), ("null", "new"))
+    if config["init_head"] and config["init"] in ("scratch", "float"):
+        raise UserError(f"init_head=new is for init=CHECKPOINT, got init={config['init']}")
     for name, lo in (("seed", 0), ("workers", 1)):
         if isinstance(config[name], bool) or not isinstance(config[name], int) or config[name] < lo:
             raise UserError(f"{name} must be a whole number of at least {lo}, got {config[name]!r}")

@@ -5,7 +5,6 @@ pyplot, so no window, backend or global state is touched.
 """
 
 import io
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from qbench.errors import UserError
 from qbench.files import atomic_write
-from qbench.records import METRICS, RESULT, read_metrics
+from qbench.records import METRICS, RESULT, read_metrics, read_result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,8 +60,7 @@ def records_of(folder: Path) -> list[dict[str, Any]]:
 def result_of(folder: Path) -> dict[str, Any]:
     """What the run came to, or nothing while it is still going."""
     path = Path(folder) / RESULT
-    result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    return result
+    return read_result(path) if path.exists() else {}
 
 
 def traces_of(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, Curve]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qbench.errors import UserError
 from qbench.files import atomic_write
-from qbench.records import METRICS, RESULT, read_metrics
+from qbench.records import METRICS, RESULT, read_metrics, sealed
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
@@ -94,9 +94,13 @@ class Recorder:
                     self._tensorboard().add_histogram_raw(f"{part}/{layer}", **_raw(histogram[part]), global_step=step)
 
     def result(self, values: Mapping[str, Any]) -> Path:
-        """Writes result.json, whole or not at all; call it last, for where it stands the run is done."""
+        """Writes result.json, whole or not at all; call it last, for where it stands the run is done.
+
+        It seals itself and what lies beside it (`records.sealed`).
+        """
         self.flush()
-        text = json.dumps(_plain(values, digits=None), sort_keys=True, indent=2, allow_nan=False)
+        content = sealed(_plain(values, digits=None), self.folder)
+        text = json.dumps(content, sort_keys=True, indent=2, allow_nan=False)
         return atomic_write(self.folder / RESULT, text + "\n")
 
     def flush(self) -> None:
