@@ -6,12 +6,15 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qbench.cli.overrides import check, check_options, forced, parse, resolve_row
+from qbench.cli.overrides import SYNONYMS, check, check_options, forced, parse, resolve_row
+from qbench.cli.texts import typed
 from qbench.cli.usage import HELP, USAGE
 from qbench.config import catalog
+from qbench.config.options import OPTIONS
 from qbench.errors import UserError, unknown
 
 if TYPE_CHECKING:
@@ -144,6 +147,11 @@ def split(args: Sequence[str]) -> tuple[list[str], list[str]]:
     for arg in rest:
         if arg.startswith("-"):
             if (flag := arg.partition("=")[0]) not in FLAGS:
+                option = flag.lstrip("-").replace("-", "_")
+                if option in (*OPTIONS, *catalog.GROUPS) or option in SYNONYMS:
+                    right = SYNONYMS.get(option, option)
+                    value = arg.partition("=")[2] or next(rest, "VALUE")
+                    raise UserError(f"options are written name=value: {right}={value} in place of {flag}")
                 raise unknown("flag", flag, FLAGS)
             flags.append(arg)
             if arg in FLAGS_WITH_VALUE:
@@ -156,10 +164,8 @@ def split(args: Sequence[str]) -> tuple[list[str], list[str]]:
 def _hydra(args: list[str]) -> int:
     flags, overrides = split(args)
     sweep = any(f in ("-m", "--multirun") for f in flags)
-    own_conf = any(f.partition("=")[0] in OWN_CONF for f in flags)
-    if not own_conf:
-        check(overrides, sweep)
-        overrides = forced(overrides) if sweep else overrides
+    check(overrides, sweep, _own_folder(flags))
+    overrides = typed(forced(overrides) if sweep else overrides, sweep)
     import hydra
 
     from qbench.cli.sweep import table, workers
@@ -183,6 +189,14 @@ def _hydra(args: list[str]) -> int:
             del os.environ["QBENCH_SWEEP"]
             status = table(Path(folder))
     return status
+
+
+def _own_folder(flags: Sequence[str]) -> Path | None:
+    """The folder of the user's own configuration. Errors: UserError where there is none at the place named."""
+    given = [f.partition("=")[2] or after for f, after in pairwise([*flags, ""]) if f.partition("=")[0] in OWN_CONF]
+    if given and not (given[0] and Path(given[0]).is_dir()):
+        raise UserError(f"{OWN_CONF[0]}: no folder {given[0] or '(none named)'}")
+    return Path(given[0]) if given else None
 
 
 def job(config: "DictConfig") -> int | float:

@@ -4,20 +4,17 @@ import hashlib
 import importlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from qbench.config import bits, catalog
-from qbench.config.recipe import KERNELS, KEYS, PRECISIONS, Recipe, merge
-from qbench.errors import UserError, unknown
+from qbench.config import bits, options
+from qbench.config.recipe import DEFAULTS, OPTIMIZERS, Recipe, merge, optimizer_class, unread
+from qbench.errors import UserError
 
-PROTOCOLS = ("paper", "uniform")
-WORDS = {"h": "glorot", "alpha": "he", "s_warmup": "lr"}  # what some options take in place of a number
 SITES = ("weight", "input", "output", "error", "replace")
 FLOAT_METHOD: dict[str, Any] = {"name": "float", "w_bits": {"default": 32, "only": [32]}, "init": "scratch"}
-DEFAULTS = {f.name: f.default for f in fields(Recipe)}
 UNREAD: dict[str, tuple[str, ...]] = {"step": (), "exponential": ("milestones",)}  # other schedules read neither
 
 
@@ -63,7 +60,7 @@ def resolve(config: DictConfig) -> dict[str, Any]:
     else:
         phase = "scratch" if plain["init"] == "scratch" else "finetune"
         train = [budget[phase], _untimed(method, plain["init"], own), plain["train"], everywhere]
-    plain["parent"], plain["train"] = asdict(merge(parent)), asdict(merge(train))
+    plain["parent"], plain["train"] = (_read(k, plain[k], merge(v)) for k, v in (("parent", parent), ("train", train)))
     method["rules"] = [_without_float(rule) for rule in method.get("rules") or []]
     if plain["protocol"] == "uniform":
         method["rules"] = _uniform(method["rules"])
@@ -78,24 +75,7 @@ def _untimed(method: Mapping[str, Any], init: str, own: Mapping[str, Any]) -> di
 
 
 def _check(config: Mapping[str, Any]) -> None:
-    if config["protocol"] not in PROTOCOLS:
-        raise unknown("protocol", str(config["protocol"]), PROTOCOLS)
-    if config["precision"] not in (None, *PRECISIONS):
-        raise unknown("precision", str(config["precision"]), PRECISIONS)
-    for name, lo in (("seed", 0), ("workers", 1)):
-        if isinstance(config[name], bool) or not isinstance(config[name], int) or config[name] < lo:
-            raise UserError(f"{name} must be a whole number of at least {lo}, got {config[name]!r}")
-    if config["device"] not in ("auto", "cpu", "cuda"):
-        raise unknown("device", str(config["device"]), ("auto", "cpu", "cuda"))
-    if config["graph"] not in ("auto", True, False):
-        raise unknown("graph", str(config["graph"]), ("auto", "true", "false"))
-    if config["kernels"] not in KERNELS:
-        raise unknown("kernels", str(config["kernels"]), KERNELS)
-    for part in ("train", "parent"):
-        strange = set(config[part]) - set(KEYS)
-        if strange:
-            raise unknown(f"{part} option", sorted(strange)[0], KEYS)
-    _check_types(config["method"]["name"], config["options"])
+    options.check(config)
     check = config["method"].get("check")
     if check:
         module, _, name = check.rpartition(".")
@@ -105,21 +85,13 @@ def _check(config: Mapping[str, Any]) -> None:
             raise NotApplicable(f"method={config['method']['name']}: {error}") from error
 
 
-def _check_types(method: str, options: Mapping[str, Any]) -> None:
-    """Of the options of our own methods: a truth value or a number where the default is one."""
-    for name, default in (catalog.options(method) if method in catalog.names("method") else {}).items():
-        value, word = options.get(name), WORDS.get(name)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if isinstance(default, bool):
-            right, allowed = isinstance(value, bool), "true or false"
-        elif isinstance(default, int):
-            right, allowed = value is None or (number and float(value).is_integer()), "a whole number"
-        elif isinstance(default, float):
-            right, allowed = number or value in (None, word), "a number" + (f" or {word}" if word else "")
-        else:
-            continue
-        if not right:
-            raise UserError(f"method={method}: options.{name} must be {allowed}, got {value!r}")
+def _read(part: str, given: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """The recipe as a dictionary. Errors: NotApplicable where the user gave what it does not read."""
+    if recipe.optimizer not in OPTIMIZERS:
+        optimizer_class(recipe.optimizer)  # now, and not after the parent is trained
+    if why := unread(given, recipe):
+        raise NotApplicable(f"{part}.{why}")
+    return asdict(recipe)
 
 
 def _without_float(rule: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """The optimizer and the loss that a recipe names."""
 
-import importlib
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -9,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qbench.config.recipe import OPTIMIZERS, Recipe
-from qbench.errors import UserError
+from qbench.config.recipe import Recipe, optimizer_class, optimizer_fields
 from qbench.quant.method import Hook, Method
 from qbench.quant.quantizer import Quantizer
 
@@ -57,19 +55,7 @@ def make_optimizer(
 
     On a CUDA `device` fused where torch has it. `capturable`: fit for a CUDA graph, one of `CAPTURABLE`.
     """
-    if "." in recipe.optimizer:
-        module, _, name = recipe.optimizer.rpartition(".")
-        try:
-            cls = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError) as error:
-            raise UserError(f"train.optimizer={recipe.optimizer} cannot be imported: {error}") from error
-        return cls(groups, lr=recipe.lr)  # type: ignore[no-any-return]
-    cls = getattr(torch.optim, OPTIMIZERS[recipe.optimizer])
-    options: dict[str, Any] = {}
-    if recipe.optimizer == "sgd":
-        options = {"momentum": recipe.momentum, "nesterov": recipe.nesterov}
-    elif recipe.optimizer in ("adam", "adamw", "adamax"):
-        options = {"betas": tuple(recipe.betas)}
+    cls, options = optimizer_class(recipe.optimizer), optimizer_fields(recipe)
     if capturable:
         options |= CAPTURABLE[recipe.optimizer]
         groups = [{**group, "lr": torch.tensor(recipe.lr, device=device)} for group in groups]

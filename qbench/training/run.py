@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 from torch import nn
 
 from qbench import files, kernels
+from qbench.config import options
 from qbench.config.recipe import Recipe
 from qbench.config.resolve import digest, folder_name, identity, parent_of
 from qbench.config.source import code_hash
@@ -55,6 +56,7 @@ class Run:
 def prepare(config: dict[str, Any], data: DataSet | None = None) -> Run:
     """Load the data, decide what was left to `auto`, and name the run's folder."""
     data = load(config["dataset"]) if data is None else data
+    options.check_size(config, len(data.train))
     shape, plain = (data.channels, data.size, data.classes), config
     config = precision.decided(config, shape, lambda: make_model(plain, data))
     facts = {k: getattr(data, k) for k in ("name", "checksum", "augment", "mean", "std")}
