@@ -96,10 +96,13 @@ def _table(args: list[str]) -> int:
     from qbench.figures import report
     from qbench.records import read_results
 
-    if len(args) > 1:
-        raise UserError(f"qbench table takes one folder, got {len(args)}")
-    results = read_results(Path(args[0] if args else "outputs"))
-    print(report.table(results))
+    places = [a for a in args if not a.startswith("format=")]
+    form = next((a.removeprefix("format=") for a in args if a.startswith("format=")), "text")
+    if form not in report.FORMATS:
+        raise unknown("format", form, report.FORMATS)
+    if len(places) > 1:
+        raise UserError(f"qbench table takes one folder, got {len(places)}")
+    print(report.table(read_results(Path(places[0] if places else "outputs")), form=form))
     return 0
 
 
@@ -218,6 +221,7 @@ def job(config: "DictConfig") -> int | float:
 
     at = HydraConfig.get()
     note: dict[str, Any] = {"overrides": [o.removeprefix("++") for o in at.overrides.task], "status": "done"}
+    note["out"] = str(config.out)
     print(f"\n[{at.job.num + 1}] {' '.join(note['overrides'])}", flush=True)
     bits = config.bits or "/".join(str(config[k] or "-") for k in ("w_bits", "a_bits"))
     names = [config[group].name for group in ("method", "model", "dataset", "budget")]

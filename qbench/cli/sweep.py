@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 from qbench.errors import UserError
 from qbench.figures import report
@@ -62,11 +63,15 @@ def _import() -> None:
 
 
 def table(folder: Path) -> int:
-    """Print the table of a sweep from the notes that its runs left in `folder`; 0 when nothing failed."""
-    notes = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    """Print the table of a sweep from the notes that its runs left in `folder`, and leave it where they lie.
+
+    Returns 0 when nothing failed.
+    """
+    notes = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    results = [n["result"] for n in notes if n["status"] == "done"]
     others = [[*n["cells"], "", "", n["status"]] for n in notes if n["status"] != "done"]
     print()
-    print(report.table([n["result"] for n in notes if n["status"] == "done"], others))
+    print(report.table(results, others))
     failed = [n for n in notes if n["status"] == "failed"]
     for n in failed:
         print(f"failed: {' '.join(n['overrides'])}: {n['error']}", file=sys.stderr)
@@ -75,4 +80,22 @@ def table(folder: Path) -> int:
     print(f"\n{len(notes)} runs: {count['done']} done ({skipped} of them before), ", end="")
     planned = f", {count['planned']} planned" if count["planned"] else ""
     print(f"{count['failed']} failed, {count['n/a']} not applicable{planned}")
+    if results:
+        _leave(notes, results, others)
     return 1 if failed else 0
+
+
+def _leave(notes: list[dict[str, Any]], results: list[dict[str, Any]], others: list[list[str]]) -> None:
+    """The table as text, csv and json and one picture, in the sweep's out folder, named by its words."""
+    from qbench.config.resolve import digest
+    from qbench.figures.sweep_plot import sweep
+    from qbench.files import atomic_write
+
+    base = Path(notes[0]["out"]) / f"sweep-{digest([n['overrides'] for n in notes])}"
+    try:
+        for form, ending in (("md", "md"), ("csv", "csv"), ("json", "json")):
+            atomic_write(base.with_suffix(f".{ending}"), report.table(results, others, form) + "\n")
+        sweep(base.with_suffix(".png"), results)
+        print(f"table and picture: {base}.md .csv .json .png")
+    except UserError as error:
+        print(f"qbench: {error}", file=sys.stderr)

@@ -36,7 +36,10 @@ HELP = {
 qbench list                     methods (with the bits they take), models, data sets and budgets, one a line
 """,
     "table": """\
-qbench table [DIR]              one row for each setting of the results below DIR (outputs), seeds as mean ± std
+qbench table [DIR] [format=text]        one row for each setting of the results below DIR (outputs), seeds as mean ± std
+
+  format=text|csv|md|latex|json   json has the accuracies seed by seed
+  A column `varies` says in what rows differ that look alike. Copies of one run count once.
 """,
     "eval": """\
 qbench eval RUN [dataset.NAME=value ...]        the net of a finished run, on its test set

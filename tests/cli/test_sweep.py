@@ -145,6 +145,7 @@ def test_rows_that_differ_in_anything_but_the_seed_stand_apart() -> None:
     other = {**base, "seed": 0, "identity": {"seed": 0, "recipe": {"lr": 2}}}
     rows = report.rows([*same, other])
     assert [row[0] for row in rows] == ["m (2 seeds)", "m"]
+    assert [row[-1] for row in rows] == ["train.lr=1", "train.lr=2"]
     assert rows[0][7] == "50.00 ± 0.00"
     assert rows[1][7] == "50.00"
     assert rows[0][5] == "-"
@@ -158,3 +159,85 @@ def test_the_objective_is_the_last_accuracy(monkeypatch: pytest.MonkeyPatch, tin
     monkeypatch.setattr(module, "job", lambda config: (seen.append(value := job(config)), value)[1])
     assert tiny("-m", "method=float", "seed=0,1", "out=o").status == 0
     assert sorted(seen) == sorted(r["accuracy_last"] for r in results(tmp_path / "o"))
+
+
+def result_of(**more: object) -> dict[str, Any]:
+    base: dict[str, Any] = {
+        "method": "ptq", "w_bits": 4, "a_bits": 4, "model": "n", "dataset": "d", "budget": "b", "bits_per_weight": 4.0,
+        "bytes": 1000, "float_accuracy": 90.0, "accuracy_last": 50.0, "seed": 0,
+    }  # fmt: skip
+    return {**base, **more}
+
+
+SWEPT = [
+    result_of(key=f"{w}{s}", seed=s, accuracy_last=50.0 + s, identity={"seed": s, "options": {"w_range": w}})
+    for w in ("minmax", "mse")
+    for s in (0, 1)
+]
+
+
+def test_a_table_says_what_was_swept_in_every_form() -> None:
+    assert [row[-1] for row in report.rows(SWEPT)] == ["options.w_range=minmax", "options.w_range=mse"]
+    text = report.table(SWEPT).splitlines()
+    assert text[0].endswith("varies")
+    assert "varies" not in report.table(SWEPT[:2])
+    assert (
+        report.table(SWEPT, form="csv")
+        .splitlines()[1]
+        .startswith("ptq (2 seeds),4/4,n,d,b,90.00 ± 0.00,-,50.50 ± 0.71")
+    )
+    assert report.table(SWEPT, form="md").splitlines()[1] == "| " + " | ".join(["---"] * 12) + " |"
+    latex = report.table(SWEPT, form="latex")
+    assert r"options.w\_range=mse \\" in latex
+    assert r"50.50 $\pm$ 0.71" in latex
+    found = json.loads(report.table(SWEPT, form="json"))
+    assert [f["varies"] for f in found] == [{"options.w_range": "minmax"}, {"options.w_range": "mse"}]
+    assert found[0]["accuracy_last"] == [50.0, 51.0]
+    assert found[0]["seeds"] == [0, 1]
+
+
+def test_copies_of_a_run_are_no_seeds() -> None:
+    copies = [{**SWEPT[0], "folder": f"copy {i}"} for i in range(1000)]
+    (row,) = report.rows(copies)
+    assert row[0] == "ptq"
+    assert row[7] == "50.00"
+
+
+def test_the_table_takes_a_form(tiny: Cli, cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "o" / "run").mkdir(parents=True)
+    (tmp_path / "o" / "run" / "result.json").write_text(json.dumps(SWEPT[0]))
+    said = cli("table", "o", "format=csv")
+    assert said.out.splitlines()[1] == 'ptq,4/4,n,d,b,90.00,-,50.00,-,4.00,"1,000"'
+    said = cli("table", "format=cvs", "o")
+    assert said.status == 2
+    assert "Did you mean 'csv'?" in said.err
+
+
+def test_a_sweep_leaves_its_table_and_a_picture(tiny: Cli, tmp_path: Path) -> None:
+    words = ("-m", "method=float", "seed=0,1", "train.lr=0.01,0.05", "out=o")
+    said = tiny(*words)
+    assert said.status == 0, said.err
+    assert [row.split()[-1] for row in last_table(said.out)[:2]] == ["train.lr=0.01", "train.lr=0.05"]
+    left = sorted(p.name for p in (tmp_path / "o").glob("sweep-*"))
+    assert [Path(n).suffix for n in left] == [".csv", ".json", ".md", ".png"]
+    assert len(json.loads(next((tmp_path / "o").glob("sweep-*.json")).read_text())) == 2
+    assert tiny(*words).status == 0
+    assert sorted(p.name for p in (tmp_path / "o").glob("sweep-*")) == left  # the same sweep, the same files
+
+
+def test_the_picture_of_a_sweep_has_a_line_per_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+
+    from qbench.figures import sweep_plot
+
+    drawn: list[Figure] = []
+    monkeypatch.setattr(sweep_plot, "save", lambda figure, path, dpi, pdf: (drawn.append(figure), path)[1])
+    two = [result_of(key=f"{m}{w}{s}", method=m, w_bits=w, seed=s, accuracy_last=40.0 + 5 * w + s, identity={"bits": w})
+           for m in ("lsq", "pact") for w in (2, 4) for s in (0, 2)]  # fmt: skip
+    assert sweep_plot.sweep(tmp_path / "p.png", two) is not None
+    (axes,) = drawn[0].axes
+    assert [t.get_text() for t in axes.get_legend().get_texts()] == ["lsq", "pact"]
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["2/4", "4/4"]
+    assert list(axes.containers[0].lines[0].get_ydata()) == [51.0, 61.0]  # means of 50, 52 and 60, 62
+    assert axes.containers[0].lines[2][0].get_segments()[0][:, 1].tolist() == pytest.approx([51 - 2**0.5, 51 + 2**0.5])
+    assert sweep_plot.sweep(tmp_path / "p.png", [result_of(accuracy_last=None)]) is None
