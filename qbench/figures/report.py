@@ -241,7 +241,7 @@ def compare(a: Path, b: Path) -> str:
     lines = [("", a.name, b.name)]
     for key in keys:
         x, y = (p.get(key) for p in pair)
-        note = f"  ({y - x:+.4g})" if _number(x) and _number(y) else ""
+        note = f"  ({y - x:+.4g})" if x is not None and y is not None and _number(x) and _number(y) else ""
         lines.append((key, digits(x), digits(y) + note))
     widths = [max(len(line[i]) for line in lines) for i in range(2)]
     return "\n".join(f"{k:<{widths[0]}}  {x:<{widths[1]}}  {y}".rstrip() for k, x, y in lines)

@@ -254,6 +254,7 @@ def _train(run: Run, screen: Screen, opened: ExitStack) -> dict[str, Any]:
     if place.type == "cuda" and config["graph"] and loop.eager:
         screen.line(f"graph: off, {loop.eager}")
     before = _calibrated(run, loop, screen)
+    earlier = loop.outcome.seconds  # of training, before the run was cut off
     outcome = loop.train() if loop.total else trainer.Outcome(before, before, 0.0)
     if not loop.total:
         loop.take_stock()
@@ -262,7 +263,7 @@ def _train(run: Run, screen: Screen, opened: ExitStack) -> dict[str, Any]:
     result |= {"code": code, "device": str(place), "kernels": kernels.tier(), "graph": loop.captured is not None}
     if outcome.seconds > 0:
         result["images_per_s"] = round(loop.total * recipe.batch_size / outcome.seconds)
-    result["seconds_total"] = round(time.monotonic() - started, 1)
+    result["seconds_total"] = round(earlier + time.monotonic() - started, 1)
     if method.name == "float":
         result["float_accuracy"] = result["accuracy_last"]
     if writer and recorder is not None:
