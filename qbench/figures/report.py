@@ -120,6 +120,18 @@ def varies(groups: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]
     return out
 
 
+def misnamed(result: Mapping[str, Any]) -> str:
+    """Where no rule gives weights the bits that the run is named by: what they have instead; else nothing."""
+    rules = result.get("identity", {}).get("method", {}).get("rules", [])
+    slots = [r[k] for r in rules for k in ("weight", "replace") if isinstance(r.get(k), Mapping)]
+    widths = {r["weight"].get("bits") for r in rules if isinstance(r.get("weight"), Mapping)}
+    named = result["w_bits"]
+    if not rules or named == 32 or named in widths or None in widths or (slots and not widths):
+        return ""  # a slot without bits of its own computes them from what it is told
+    told = f"of {' and '.join(map(digits, sorted(widths)))} bits" if widths else "in float"
+    return f"weights {told}, not of {named:g}"
+
+
 def rows(results: Iterable[Mapping[str, Any]]) -> list[list[str]]:
     """One row per setting, mean ± sample standard deviation over its seeds; settings in order of appearance.
 
@@ -133,7 +145,7 @@ def rows(results: Iterable[Mapping[str, Any]]) -> list[list[str]]:
         method = r["method"] if len(group) == 1 else f"{r['method']} ({len(group)} seeds)"
         cells = [method, f"{r['w_bits']:g}/{r['a_bits']:g}", r["model"], r["dataset"], r["budget"]]
         cells += [_spread([g.get(key) for g in group]) for key in ACCURACIES.values()]
-        told = ", ".join(f"{k}={digits(v)}" for k, v in differs.items())
+        told = ", ".join([*filter(None, [misnamed(r)]), *(f"{k}={digits(v)}" for k, v in differs.items())])
         table.append([*cells, f"{r['bits_per_weight']:.2f}", f"{r['bytes']:,}", told])
     return table
 

@@ -155,6 +155,8 @@ def test_a_folder_of_own_configuration_switches_no_check_off(tiny: Cli, tmp_path
     refused(tiny(*words[:1], "model=narow"), "'narow'", "Did you mean 'narrow'?", "resnet20")
     refused(tiny(*words, "seed=-1"), "seed", "at least 0")
     refused(tiny("--config-dir=nowhere", "seed=0"), "--config-dir", "no folder nowhere")
+    (tmp_path / "mine" / "model" / "deep.yaml").write_text("name: " + "[" * 200_000)
+    refused(tiny("--config-dir=mine", "model=deep"), "brackets within brackets")
 
 
 @pytest.mark.parametrize(

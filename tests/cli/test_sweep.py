@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from qbench.cli import overrides
+from qbench.config import catalog
 from qbench.errors import UserError
 from qbench.figures import report
 
@@ -194,6 +195,26 @@ def test_a_table_says_what_was_swept_in_every_form() -> None:
     assert [f["varies"] for f in found] == [{"options.w_range": "minmax"}, {"options.w_range": "mse"}]
     assert found[0]["accuracy_last"] == [50.0, 51.0]
     assert found[0]["seeds"] == [0, 1]
+
+
+def test_weights_that_are_not_what_the_name_says_are_told() -> None:
+    def told(*rules: dict[str, Any], w_bits: float = 4) -> str:
+        return report.rows([result_of(w_bits=w_bits, identity={"method": {"rules": [*rules]}})])[0][-1]
+
+    first, last = {"match": "@first", "weight": {"bits": 8}}, {"match": "@last", "keep": True}
+    assert told(first, last, {"weight": {"bits": 4}}) == ""
+    assert told(first, last) == "weights of 8 bits, not of 4"
+    assert told(last) == "weights in float, not of 4"
+    assert told(last, w_bits=32) == ""
+    assert told({"weight": {"n_in": 8}}, w_bits=0.8) == ""  # flexor: bits follow from the wiring
+    assert told({"replace": {"fold": "jacob"}}) == ""
+
+
+@pytest.mark.parametrize("method", [m for m in catalog.names("method") if m != "float"])
+def test_no_method_is_misnamed_as_it_stands(method: str) -> None:
+    config = overrides.resolve_row([f"method={method}", "dataset=synthetic", "model=tiny"])
+    rules = config["method"]["rules"]
+    assert report.misnamed({"w_bits": config["w_bits"], "identity": {"method": {"rules": rules}}}) == ""
 
 
 def test_copies_of_a_run_are_no_seeds() -> None:
