@@ -174,12 +174,14 @@ def test_ascii_output(process: Cli, tmp_path: Path) -> None:
     folder = tmp_path / "o" / "Größe"
     result = {
         "method": "m", "w_bits": 4, "a_bits": 4, "model": "n", "dataset": "d", "budget": "b", "bits_per_weight": 4.0,
-        "bytes": 1000,
+        "bytes": 1000, "float_accuracy": 90.0, "accuracy_best": None, "accuracy_before_training": None, "seconds": 1.0,
+        "epoch_best": None, "protocol": "paper", "init": "float",
     }  # fmt: skip
+    data = {"name": "d", "checksum": "0", "augment": "none"}
     for seed in (0, 1):
         (folder / str(seed)).mkdir(parents=True)
-        text = json.dumps({**result, "accuracy_last": 50.0 + seed, "key": str(seed), "identity": {"seed": seed}})
-        (folder / str(seed) / "result.json").write_text(text)
+        more = {"accuracy_last": 50.0 + seed, "key": str(seed), "seed": seed, "identity": {"seed": seed, "data": data}}
+        (folder / str(seed) / "result.json").write_text(json.dumps(result | more))
     one = process("table", folder, PYTHONIOENCODING="ascii")
     out, err = one.communicate(timeout=100)
     assert (one.returncode, err) == (0, "")

@@ -165,7 +165,8 @@ def test_the_objective_is_the_last_accuracy(monkeypatch: pytest.MonkeyPatch, tin
 def result_of(**more: object) -> dict[str, Any]:
     base: dict[str, Any] = {
         "method": "ptq", "w_bits": 4, "a_bits": 4, "model": "n", "dataset": "d", "budget": "b", "bits_per_weight": 4.0,
-        "bytes": 1000, "float_accuracy": 90.0, "accuracy_last": 50.0, "seed": 0,
+        "bytes": 1000, "float_accuracy": 90.0, "accuracy_last": 50.0, "seed": 0, "accuracy_best": None,
+        "accuracy_before_training": None, "epoch_best": None, "protocol": "paper", "init": "float", "seconds": 1.0,
     }  # fmt: skip
     return {**base, **more}
 
@@ -226,7 +227,8 @@ def test_copies_of_a_run_are_no_seeds() -> None:
 
 def test_the_table_takes_a_form(tiny: Cli, cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "o" / "run").mkdir(parents=True)
-    (tmp_path / "o" / "run" / "result.json").write_text(json.dumps(SWEPT[0]))
+    whole = {**SWEPT[0], "identity": {"data": {"name": "d", "checksum": "0", "augment": "none"}}}
+    (tmp_path / "o" / "run" / "result.json").write_text(json.dumps(whole))
     said = cli("table", "o", "format=csv")
     assert said.out.splitlines()[1] == 'ptq,4/4,n,d,b,90.00,-,50.00,-,4.00,"1,000"'
     said = cli("table", "format=cvs", "o")
@@ -244,6 +246,43 @@ def test_a_sweep_leaves_its_table_and_a_picture(tiny: Cli, tmp_path: Path) -> No
     assert len(json.loads(next((tmp_path / "o").glob("sweep-*.json")).read_text())) == 2
     assert tiny(*words).status == 0
     assert sorted(p.name for p in (tmp_path / "o").glob("sweep-*")) == left  # the same sweep, the same files
+
+
+def test_compare_names_every_leaf_that_differs_and_what_matters_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rules = [{"match": "*", "weight": {"bits": 4, "_target_": "x" * 80}}, {"keep": "why"}]
+    config = {
+        "method": {"name": "lsq", "rules": rules}, "model": {"name": "n"}, "options": {"first_last": 8},
+        "train": {"lr": 0.1, "milestones": [1, 2]}, "seed": 0, "threads": None, "out": "a", "dataset": {"root": "x"},
+    }  # fmt: skip
+    result = {"accuracy_last": 91.25, "method": "lsq", "weights_sha256": "aa", "threads": 1, "seconds": 1.23456789}
+    other_rules = [{**rules[0], "weight": {**rules[0]["weight"], "bits": 8}}, rules[1]]
+    other = {
+        **config, "method": {"name": "lsq", "rules": other_rules}, "train": {"lr": 1 / 3, "milestones": [1, 3]},
+        "out": "b", "options": {"first_last": 32},
+    }  # fmt: skip
+    configs = {"a": config, "b": other}
+    results = {"a": result, "b": {**result, "accuracy_last": 90.0, "weights_sha256": "bb", "threads": 2}}
+    monkeypatch.setattr(report, "read_config", lambda folder: configs[folder.name])
+    monkeypatch.setattr(report, "read_result", lambda path: results[path.parent.name])
+    for name in configs:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "result.json").touch()
+    lines = [line.split() for line in report.compare(tmp_path / "a", tmp_path / "b").splitlines()]
+    assert lines == [
+        ["a", "b"],
+        ["method.rules.0.weight.bits", "4", "8", "(+4)"],
+        ["options.first_last", "8", "32", "(+24)"],
+        ["train.lr", "0.1", "0.333333", "(+0.2333)"],
+        ["train.milestones", "[1,", "2]", "[1,", "3]"],
+        ["accuracy_last", "91.25", "90", "(-1.25)"],
+        ["threads", "1", "2", "(+1)"],
+    ]
+    configs["b"] = {**other, "method": {"name": "pact", "rules": [], "title": "PACT"}}
+    said = report.compare(tmp_path / "a", tmp_path / "b").splitlines()
+    assert said[1].split() == ["method.name", "lsq", "pact"]
+    assert not [line for line in said if "rules" in line or "title" in line]
 
 
 def test_the_picture_of_a_sweep_has_a_line_per_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
