@@ -40,8 +40,6 @@ class Cell:
     def begin(cls, number: int, words: Sequence[str]) -> "Cell":
         """Begin it: where it is noted already (by a pool of workers that broke), or may not begin, it is settled."""
         pool = current_process().name != "MainProcess"
-        if pool:
-            _be_a_worker()
         cell = cls(number, Screen(label=f"[{number + 1}] " if pool else ""))
         if cell._note.exists():
             return replace(cell, settled=True)
@@ -111,18 +109,12 @@ def _asked_to_stop(number: int, frame: Any) -> None:
     say("\nqbench: stopping; the runs in hand save their state (once more: at once)")
 
 
-def _be_a_worker() -> None:
+def _be_a_worker(owner: int) -> None:
     """Let this process of a pool leave Ctrl-C to its owner, start processes of its own, and end with its owner."""
-    global _watched
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     speak_any_encoding()
     set_start_method("spawn", force=True)  # loky's own method is unknown to the processes of workers=2
-    if not _watched:
-        _watched = True
-        Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
-
-
-_watched = False
+    Thread(target=_watch, args=(owner,), daemon=True).start()
 
 
 def _watch(owner: int) -> None:
@@ -145,8 +137,15 @@ def workers(overrides: Sequence[str]) -> Iterator[None]:
     if launcher != "joblib":
         yield
         return
-    from joblib import Parallel, delayed, effective_n_jobs
+    from joblib import Parallel, delayed, effective_n_jobs, register_parallel_backend
+    from joblib._parallel_backends import LokyBackend
     from joblib.externals.loky import get_reusable_executor
+
+    class Ready(LokyBackend):  # type: ignore[misc]
+        """joblib's pool, each process of which is made one of ours before it waits for work."""
+
+        def configure(self, *args: Any, **more: Any) -> Any:
+            return super().configure(*args, **more, initializer=_import, initargs=(os.getpid(),))
 
     asked = next((o.partition("=")[2] for o in overrides if o.startswith("hydra.launcher.n_jobs=")), "-1")
     count = effective_n_jobs(int(asked))
@@ -154,8 +153,9 @@ def workers(overrides: Sequence[str]) -> Iterator[None]:
         yield
         return
     # joblib keeps its processes for the next Parallel of the same settings: that of Hydra's launcher.
-    parallel = Parallel(count, prefer="processes", max_nbytes=None)
-    early = Thread(target=lambda: parallel(delayed(_import)() for _ in range(count)), daemon=True)
+    register_parallel_backend("loky", Ready)
+    parallel = Parallel(count, backend="loky", max_nbytes=None)
+    early = Thread(target=lambda: parallel(delayed(int)() for _ in range(count)), daemon=True)
     early.start()
     with handling(SIGNALS, _asked_to_stop):
         yield
@@ -163,9 +163,9 @@ def workers(overrides: Sequence[str]) -> Iterator[None]:
     get_reusable_executor().shutdown(kill_workers=True)
 
 
-def _import() -> None:
+def _import(owner: int) -> None:
     """Import what every run imports; none of it will ever be garbage, so the collector need not look at it again."""
-    _be_a_worker()
+    _be_a_worker(owner)
     for name in NEEDED:
         import_module(name)
     gc.freeze()
