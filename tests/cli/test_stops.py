@@ -111,6 +111,21 @@ def test_workers_end_with_their_owner_and_one_of_them_does_not_end_the_sweep(pro
         time.sleep(0.2)
 
 
+def test_the_processes_of_one_run_save_together_when_their_owner_is_told_to_end(process: Cli, tmp_path: Path) -> None:
+    words = ("method=float", "workers=2", "train.steps=1000000", "train.evaluate_every=1e5", "train.warmup=1")
+    one = process(*words, *TINY)
+    until = time.monotonic() + 400
+    while not list((tmp_path / "o").glob("*/checkpoint.pt")):  # written after each epoch
+        assert one.poll() is None, one.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.2)
+    one.send_signal(signal.SIGTERM)
+    _, err = one.communicate(timeout=200)
+    assert one.returncode == 130, err
+    assert "everything is saved in" in err
+    assert "Traceback" not in err
+
+
 def test_a_run_whose_worker_is_killed_twice_is_told_as_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from qbench.cli.sweep import Cell, table
 
