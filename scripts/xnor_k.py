@@ -17,7 +17,7 @@ from qbench.data import load
 from qbench.methods.xnor import XnorLayer
 from qbench.quant.layers import quant_layers
 from qbench.records import read_config
-from qbench.training.run import Run, make_batches
+from qbench.training.build import make_batches
 
 paper = XnorLayer.input_scale  # K [N, 1, H, W]
 
@@ -58,13 +58,13 @@ def spread(folder: Path, root: str) -> None:
     """Standard deviation over mean of mean |input| over the test images, at each binary conv."""
     config = read_config(folder)
     config["dataset"]["root"] = root
-    run = Run(config, load(config["dataset"]), folder, "", {})
+    data = load(config["dataset"])
     model = qbench.load(folder)
     strengths: dict[str, list[Tensor]] = {}
     for name, layer in quant_layers(model):
         taken = strengths.setdefault(name, [])
         layer.register_forward_pre_hook(lambda _, inputs, taken=taken: taken.append(inputs[0].abs().flatten(1).mean(1)))
-    for x, _ in make_batches(run, run.data.test, torch.device("cpu"), False).epoch(0):
+    for x, _ in make_batches(config, data, data.test, torch.device("cpu"), False).epoch(0):
         model(x)
     for name, parts in strengths.items():
         strength = torch.cat(parts)

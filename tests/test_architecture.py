@@ -200,7 +200,7 @@ def test_every_method_has_help_of_its_own(capsys: pytest.CaptureFixture[str]) ->
         for words in ([f"method={method}", "--help"], ["help", f"method={method}"]):
             assert main(words) == 0
             out = capsys.readouterr().out
-            assert [o for o in catalog.options(method) if f"\n  {o}: " not in out] in ([], ["kept"])
+            assert not [o for o in catalog.options(method) if f"\n  {o}: " not in out]
             assert "bits of weights: " in out
     assert main(["method=flexr", "--help"]) == 2
     assert "Did you mean 'flexor'?" in capsys.readouterr().err

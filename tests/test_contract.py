@@ -16,18 +16,16 @@ from torch import Tensor, nn
 
 from qbench.cli.overrides import compose
 from qbench.config import bits, catalog
-from qbench.config.recipe import Recipe
-from qbench.config.resolve import parent_of, resolve
-from qbench.data import load
+from qbench.config.identity import parent_of
+from qbench.config.resolve import resolve
+from qbench.data import DataSet, load
 from qbench.models.resnet import ResNetCIFAR
 from qbench.quant import surgery
 from qbench.quant.layers import QuantLayer, quant_layers, quantized_weights
 from qbench.quant.method import Method
 from qbench.quant.quantizer import Quantizer
-from qbench.screen import Screen
-from qbench.training import checkpoint, evaluation, optim, trainer
-from qbench.training.build import make_method, make_model, quantize
-from qbench.training.run import Run, make_batches
+from qbench.training import checkpoint, optim, trainer
+from qbench.training.build import assemble, make_batches, make_model
 
 FILES = sorted((catalog.conf_folder() / "method").glob("*.yaml"))
 NAMES = [path.stem for path in FILES if path.stem not in catalog.aliases()]
@@ -38,7 +36,8 @@ WITH = {("flexor", 0.05): ("options.n_tap=1",)}
 @cache
 def _config_of(name: str, *words: str) -> dict[str, Any]:
     data = ("model=tiny", "dataset=synthetic", "dataset.train_size=64", "dataset.test_size=32", "dataset.size=8")
-    return resolve(compose([f"method={name}", *data, "budget=smoke", "device=cpu", "threads=1", *words]))
+    here = ("budget=smoke", "device=cpu", "threads=1", "checkpoint_seconds=1e9")
+    return resolve(compose([f"method={name}", *data, *here, *words]))
 
 
 def config_of(name: str, *words: str) -> dict[str, Any]:
@@ -50,7 +49,7 @@ class Case:
     """A method on a net with sane batch-norm statistics, after calibration."""
 
     config: dict[str, Any]
-    run: Run
+    data: DataSet
     method: Method
     model: nn.Module
     kept: dict[str, str]
@@ -59,34 +58,19 @@ class Case:
 
 
 def build(config: dict[str, Any], folder: Path) -> Case:
-    run = Run(config, load(config["dataset"]), folder, "", {})
-    model, method, cpu = make_model(config, run.data), make_method(config), torch.device("cpu")
-    train, test = make_batches(run, run.data.train, cpu, True), make_batches(run, run.data.test, cpu, False)
-    x = next(train.epoch(0))[0]
-    model.train()
-    with torch.no_grad():
-        for _ in range(20):
-            model(x)
-    kept = quantize(config, model, method)
-    recipe = Recipe(**config["train"])
-    loop = trainer.Trainer(
-        model,
-        method,
-        recipe,
-        train,
-        {"test": test},
-        folder=folder,
-        recorder=None,
-        device=cpu,
-        generator=torch.Generator().manual_seed(0),
-        screen=Screen(quiet=True),
-        checkpoint_seconds=1e9,
-    )
-    checkpoint.seed_all(0)
-    evaluation.calibrate(model, test.epoch(0), cpu, "fp32", config["init"] == "scratch")
-    for hook in loop.own_hooks():
-        hook.after_calibrate(loop.state)
-    return Case(config, run, method, model, kept, loop, x)
+    data, cpu = load(config["dataset"]), torch.device("cpu")
+    x = next(make_batches(config, data, data.train, cpu, True).epoch(0))[0]
+
+    def warmed(model: nn.Module) -> None:
+        model.train()
+        with torch.no_grad():
+            for _ in range(20):
+                model(x)
+
+    net = assemble(config, data, warmed, cpu)
+    loop = net.trainer(folder)
+    net.calibrate(loop)
+    return Case(config, data, net.method, net.model, net.kept, loop, x)
 
 
 def widths(spec: dict[str, Any]) -> list[float]:
@@ -151,7 +135,7 @@ def test_method_has_a_test_file_that_names_it(name: str) -> None:
 
 
 def test_every_rule_and_parameter_group_matches(case: Case) -> None:
-    fresh = make_model(case.config, case.run.data)
+    fresh = make_model(case.config, case.data)
     chosen = [id(rule) for rule in surgery.matches(fresh, case.method.rules).values()]
     dead = [r for r in case.method.rules if id(r) not in chosen and not r.optional]
     assert not dead

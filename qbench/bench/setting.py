@@ -13,13 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qbench.cli.overrides import resolve_row
-from qbench.config.recipe import Recipe
 from qbench.data import DataSet, load
 from qbench.models.parts import ShortcutA
-from qbench.screen import Screen
 from qbench.training import device, evaluation
-from qbench.training.build import make_method, make_model, place_net, quantize
-from qbench.training.run import Run, make_batches
+from qbench.training.build import assemble, make_batches, make_model, place_net
 from qbench.training.trainer import Trainer
 
 STEPS = 1_000_000  # of the pretended training: it stands at 90 %, where whatever a method switches on is on
@@ -80,8 +77,8 @@ def finish(place: torch.device) -> None:
 def images(config: dict[str, Any], place: torch.device, channels_last: bool = True) -> tuple[DataSet, Tensor, Tensor]:
     """(data set, one batch of its images, their labels)."""
     data = load(config["dataset"])
-    run = Run({**config, "channels_last": channels_last}, data, Path(), "", {})
-    x, y = next(iter(make_batches(run, data.train, place, True).epoch(0)))
+    batches = make_batches({**config, "channels_last": channels_last}, data, data.train, place, True)
+    x, y = next(iter(batches.epoch(0)))
     return data, x, y
 
 
@@ -138,30 +135,13 @@ def evaluation_pass(
 def trainer(config: dict[str, Any], place: torch.device, precision: str) -> tuple[Trainer, Tensor, Tensor]:
     """The trainer of a run of `config`, calibrated and far on, with a batch; nothing is written."""
     data, x, y = images(config, place)
-    train = {**config["train"], "precision": precision, "epochs": None, "steps": STEPS}
-    run = Run({**config, "train": train}, data, Path(), "", {})
-    method, model = make_method(config), make_model(config, data)
-    place_net(model, place, config["channels_last"])
-    quantize(config, model, method)
-    model.to(place)
-    batches = make_batches(run, data.train, place, True)
-    loop = Trainer(
-        model,
-        method,
-        Recipe(**train),
-        batches,
-        {},
-        folder=Path(),
-        recorder=None,
-        device=place,
-        generator=torch.Generator(place).manual_seed(0),
-        screen=Screen(quiet=True),
-    )
-    evaluation.calibrate(model, batches.epoch(0), place, "fp32", True)
-    for hook in loop.own_hooks():
-        hook.after_calibrate(loop.state)
-        hook.before_train(loop.state)
-    loop.state.step = STEPS * 9 // 10
+    config = {**config, "train": {**config["train"], "precision": precision, "epochs": None, "steps": STEPS}}
+    config["init"] = "scratch"  # on batch statistics
+    net = assemble(config, data, place=place)
+    loop = net.trainer()
+    net.calibrate(loop)
+    loop.begin()
+    loop.state.step = loop.state.stage.step = STEPS * 9 // 10
     return loop, x, y
 
 

@@ -255,7 +255,7 @@ def _cell(config: dict[str, Any], screen: Screen) -> dict[str, Any]:
     if config["plan"]:
         _plan(config)
         return {"status": "planned"}
-    from qbench.training.run import execute
+    from qbench.training.execute import execute
 
     result = execute(config, screen)
     if result.get("reused"):
@@ -269,7 +269,7 @@ def _one(config: dict[str, Any]) -> int:
         _plan(config)
         return 0
     from qbench.figures.report import tell
-    from qbench.training.run import execute
+    from qbench.training.execute import execute
 
     try:
         result = execute(config)
@@ -296,6 +296,8 @@ def _plan(config: dict[str, Any]) -> None:
                 entry.get("why") or entry.get("part_of") or f"{entry.get('levels')} levels, {entry.get('granularity')}"
             )
             print(f"{site:<12} {name:<40} {entry.get('bits', 32):>5} bits  {what}")
+    for name, why in plan["manifest"]["float_inputs"].items():
+        print(f"float input  {name:<40}    32 bits  {why}")
     size = plan["manifest"]["size"]
     print(f"\n{size['bits_per_weight']:.2f} bits per quantized weight, {size['bytes']:,} bytes in all")
     print(f"folder: {plan['folder']}")

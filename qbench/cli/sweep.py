@@ -201,7 +201,7 @@ def table(folder: Path) -> int:
 
 def _leave(notes: list[dict[str, Any]], results: list[dict[str, Any]], others: list[list[str]]) -> None:
     """The table as text, csv and json and one picture, in the sweep's out folder, named by its words."""
-    from qbench.config.resolve import digest
+    from qbench.config.identity import digest
     from qbench.figures.sweep_plot import sweep
 
     base = Path(notes[0]["out"]) / f"sweep-{digest([n['overrides'] for n in notes])}"

@@ -84,7 +84,7 @@ def about(method: str) -> str:
         default = "" if allowed == str(bits["default"]) else f", {bits['default']} by default"
         lines.append(f"  {word}=   bits of {of}: {allowed}{default}")
     _, _, text = (conf_folder() / "method" / f"{name}.yaml").read_text(encoding="utf-8").partition("\noptions:")
-    text = text.partition("\n  kept:")[0].strip("\n")
+    text = text.strip("\n")
     own = (
         f"Options, as options.NAME=value, with their defaults:\n  {text.strip()}"
         if text

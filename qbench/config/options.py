@@ -44,6 +44,7 @@ OPTIONS: dict[str, Kind] = {
     **{f"{part}.{name}": kind for part in ("train", "parent") for name, kind in RECIPE.items()},
     "distill.weight": number(0),
     "distill.temperature": number(0, above=True),
+    "distill.labels": number(0, null=True),
     "out": PATH,
     "checkpoint_seconds": number(0),
     "time_limit": TIME,

@@ -10,6 +10,7 @@ from typing import Any
 from qbench.config.kinds import Kind, number, numbers, one_of, truth, whole
 from qbench.errors import UserError, unknown
 
+DECAYS = ("all", "weights", "last")
 SCHEDULES = ("constant", "step", "cosine", "linear", "exponential", "onecycle")
 LOSSES = ("cross_entropy", "squared_hinge")
 KERNELS = ("auto", "cpp", "numba", "compile", "torch")
@@ -35,14 +36,14 @@ OF_LOSS = {"label_smoothing": ("cross_entropy",)}
 OF_SCHEDULE = {"milestones": ("step",), "gamma": ("step", "exponential")}
 
 
-class Optimizer(Kind):
-    """A name of `OPTIMIZERS` or the dotted path of a class."""
+class Dotted(Kind):
+    """One of `words`, or the dotted path of a class or function."""
 
     def check(self, name: str, value: Any) -> None:
-        if (value is None and self.null) or value in tuple(OPTIMIZERS):
+        if (value is None and self.null) or value in self.words:
             return
         if "." not in str(value) or not all(part.isidentifier() for part in str(value).split(".")):
-            raise unknown(name, str(value), OPTIMIZERS)
+            raise unknown(name, str(value), map(str, self.words))
 
 
 # What the fields of a recipe may be.
@@ -50,19 +51,20 @@ FIELDS: dict[str, Kind] = {
     "epochs": number(0, null=True),
     "steps": number(0, whole=True, null=True),
     "batch_size": whole(1),
-    "optimizer": Optimizer("", lambda x: False),
+    "optimizer": Dotted("", lambda x: False, words=tuple(OPTIMIZERS)),
     "lr": number(0),
     "momentum": number(0, 1, below=True),
     "nesterov": truth(),
     "betas": numbers("two numbers in 0..1, 1 excluded", lambda xs: len(xs) == 2 and all(0 <= x < 1 for x in xs)),
     "eps": number(0, above=True, null=True),
     "weight_decay": number(0),
+    "decay": one_of(*DECAYS),
     "schedule": one_of(*SCHEDULES),
     "milestones": numbers("a list of numbers (epochs), none below 0", lambda xs: all(x >= 0 for x in xs)),
     "gamma": number(0, above=True),
     "warmup": number(0),
     "label_smoothing": number(0, 1, below=True),
-    "loss": one_of(*LOSSES),
+    "loss": Dotted("", lambda x: False, words=LOSSES),
     "accumulate": whole(1),
     "clip_grad": number(0),
     "evaluate_every": number(0, above=True),
@@ -79,8 +81,10 @@ class Recipe:
     `milestones`, in epochs) | cosine | linear (both to 0) | exponential (to lr * gamma at the end) | onecycle (linear
     up over the first 30 %, cosine down to 0). `warmup`: epochs of linear rise from 0 before it. `accumulate`:
     micro-batches per step. `evaluate_every`: epochs between evaluations on the test set. `calibration`: images that set
-    the first ranges. `clip_grad`: highest gradient norm, 0 is off. `loss`: cross_entropy | squared_hinge. `eps`: what
-    an optimizer adds to its denominator; null: as torch has it.
+    the first ranges. `clip_grad`: highest gradient norm, 0 is off. `loss`: cross_entropy | squared_hinge | the
+    dotted path of a function of (logits, labels). `decay`: what `weight_decay` acts on: all | weights (of convs and
+    linear layers: no bias, no batch-norm) | last (the weight of the last layer alone); a method's own word on a
+    parameter goes before it. `eps`: what an optimizer adds to its denominator; null: as torch has it.
     """
 
     epochs: float | None = None
@@ -93,6 +97,7 @@ class Recipe:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float | None = None
     weight_decay: float = 0.0
+    decay: str = "all"
     schedule: str = "cosine"
     milestones: tuple[float, ...] = ()
     gamma: float = 0.1
@@ -192,16 +197,17 @@ def optimizer_class(name: str) -> type[Any]:
     return cls
 
 
-def optimizer_fields(recipe: Recipe) -> dict[str, Any]:
-    """What the recipe tells its optimizer beside learning rate and weight decay.
+def optimizer_fields(recipe: Recipe, name: str | None = None) -> dict[str, Any]:
+    """What the recipe tells its optimizer (or `name`) beside learning rate and weight decay.
 
     Of a class by its dotted path whatever its constructor takes and the recipe does not leave at its default: defaults
     of the class are its own.
     """
-    if recipe.optimizer in OPTIMIZERS:
-        found = {k: getattr(recipe, k) for k, takers in OF_OPTIMIZER.items() if recipe.optimizer in takers}
+    name = name or recipe.optimizer
+    if name in OPTIMIZERS:
+        found = {k: getattr(recipe, k) for k, takers in OF_OPTIMIZER.items() if name in takers}
         return {k: v for k, v in found.items() if v is not None}
-    taken = _taken(recipe.optimizer)
+    taken = _taken(name)
     found = {k: getattr(recipe, k) for k in taken if getattr(recipe, k) != DEFAULTS[k]}
     return found | ({"momentum": recipe.momentum} if found.get("nesterov") else {})
 

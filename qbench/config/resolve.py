@@ -1,21 +1,23 @@
 """From the composed configuration to one plain dictionary in which nothing is left open. No torch here."""
 
-import hashlib
 import importlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from qbench.config import bits, options
-from qbench.config.recipe import DEFAULTS, OPTIMIZERS, Recipe, merge, optimizer_class, unread
-from qbench.errors import UserError
+from qbench.config.identity import mark, neutral
+from qbench.config.recipe import OPTIMIZERS, Recipe, merge, optimizer_class, unread
+from qbench.config.stages import lengths, listed
+from qbench.errors import UserError, unknown
 
+ENDS = ("@first", "@last", "@ends")
 SITES = ("weight", "input", "output", "error", "replace")
-FLOAT_METHOD: dict[str, Any] = {"name": "float", "w_bits": {"default": 32, "only": [32]}, "init": "scratch"}
-UNREAD: dict[str, tuple[str, ...]] = {"step": (), "exponential": ("milestones",)}  # other schedules read neither
+LENGTH = ("epochs", "steps")
+# What of a recipe belongs together: a rate is good for its update rule, and both for the start they were found for.
+UPDATE = ("optimizer", "lr", "momentum", "nesterov", "betas", "eps")
 
 
 class NotApplicable(UserError):
@@ -35,16 +37,17 @@ def resolve(config: DictConfig) -> dict[str, Any]:
         raise NotApplicable(str(error)) from error
     recipe_init = (raw.get("recipe") or {}).get("init", raw["init"])
     config.init = config.init or (recipe_init if config.budget.name == "paper" else raw["init"])
+    words = {f"${{options.{name}}}" for name in neutral(raw, OmegaConf.to_container(config.options, resolve=True))}  # type: ignore[arg-type]
+    if words:
+        with open_dict(config):
+            config.method = mark(raw, words)
     whole = OmegaConf.to_container(config, resolve=True)
     assert isinstance(whole, dict)
     plain: dict[str, Any] = {str(k): v for k, v in whole.items() if k != "bits"}
     _check(plain)
     method, budget = plain["method"], plain["budget"]
     paper = budget["name"] == "paper"
-    recipe = dict(method.get("recipe") or {})
-    recipe.pop("init", None)
-    recipe_model = recipe.pop("model", {})
-    needs = {**(method.get("needs") or {}), **(recipe_model if paper else {})}
+    needs = {**(method.get("needs") or {}), **((method.get("recipe") or {}).get("model", {}) if paper else {})}
     model = plain["model"]
     model.update({k: v for k, v in needs.items() if k in model and model[k] is None})
     for key, value in (budget.get("dataset") or {}).items():
@@ -52,26 +55,64 @@ def resolve(config: DictConfig) -> dict[str, Any]:
             plain["dataset"][key] = value
     everywhere = {"precision": plain.pop("precision")}
     parent = [budget["parent"], plain["parent"], everywhere]
-    own = (method.get("budgets") or {}).get(budget["name"], {})
-    if method["name"] == "float":
-        train = [*parent, plain["train"]]
-    elif paper:
-        train = [recipe, plain["train"], everywhere]
-    else:
-        phase = "scratch" if plain["init"] == "scratch" else "finetune"
-        train = [budget[phase], _untimed(method, plain["init"], own), plain["train"], everywhere]
+    before, own = _training(method, budget, plain["init"], plain["w_bits"])
+    asked = [plain["train"], everywhere]
+    train = [*parent, plain["train"]] if method["name"] == "float" else [*before, _without(own, ("stages",)), *asked]
     plain["parent"], plain["train"] = (_read(k, plain[k], merge(v)) for k, v in (("parent", parent), ("train", train)))
-    method["rules"] = [_without_float(rule) for rule in method.get("rules") or []]
+    method["stages"] = _stages(method, plain["train"], [*before, _without(own, ("stages",))], own, asked)
+    method["rules"] = [_without_float(rule) for rule in wanted(method.get("rules") or [], plain["options"])]
     if plain["protocol"] == "uniform":
         method["rules"] = _uniform(method["rules"])
     plain["budget"] = budget["name"]
     return plain
 
 
-def _untimed(method: Mapping[str, Any], init: str, own: Mapping[str, Any]) -> dict[str, Any]:
-    """What the method changes in a budget; learning rates meant for the other start are left out."""
-    same_start = (init == "scratch") == (method["init"] == "scratch")
-    return {k: v for k, v in own.items() if same_start or k not in ("lr", "epochs", "steps")}
+def _training(
+    method: Mapping[str, Any], budget: Mapping[str, Any], init: str, w_bits: float
+) -> tuple[list[Mapping[str, Any]], dict[str, Any]]:
+    """(recipes of lower rank, the method's own for this budget), before what the user asks for."""
+    budgets = method.get("budgets") or {}
+    every = budgets.get("every") or {}
+    if budget["name"] == "paper":
+        recipe = method.get("recipe") or {}
+        by_bits = {float(k): v for k, v in (recipe.get("by_bits") or {}).items()}.get(w_bits, {})
+        return [every], _without({**recipe, **by_bits}, ("init", "model", "by_bits"))
+    own = budgets.get(budget["name"]) or {}
+    if (init == "scratch") != (method["init"] == "scratch"):
+        own = _without(own, (*UPDATE, *LENGTH))
+    return [budget["scratch" if init == "scratch" else "finetune"], every], dict(own)
+
+
+def _stages(
+    method: Mapping[str, Any],
+    train: Mapping[str, Any],
+    before: list[Mapping[str, Any]],
+    own: Mapping[str, Any],
+    asked: list[Mapping[str, Any]],
+) -> list[dict[str, Any]]:
+    """The stages with their whole recipes; lengths are those of the run's recipe, by the stages' shares."""
+    stages = listed(method.get("stages") or [], method["name"])
+    theirs = own.get("stages") or {}
+    for name in theirs:
+        if name not in [s["name"] for s in stages]:
+            raise unknown(f"stage of method={method['name']}", name, [s["name"] for s in stages])
+    out = []
+    for stage, length in zip(stages, lengths(stages, train), strict=True):
+        wanted = [_without(part, LENGTH) for part in asked]
+        parts = [_without(p, LENGTH) for p in before]
+        recipe = merge([*parts, stage.get("recipe") or {}, theirs.get(stage["name"]) or {}, *wanted, length])
+        out.append({**stage, "recipe": asdict(recipe)})
+    return out
+
+
+def wanted(rules: list[dict[str, Any]], options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rules without those that are for other values of an option (`only: {option: value}`)."""
+    fit = [r for r in rules if all(options[k] == v for k, v in (r.get("only") or {}).items())]
+    return [_without(r, ("only",)) for r in fit]
+
+
+def _without(part: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    return {k: v for k, v in part.items() if k not in keys}
 
 
 def _check(config: Mapping[str, Any]) -> None:
@@ -109,74 +150,6 @@ def _uniform(rules: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
     Rules of another kind, such as for the ReLU before the last layer, are no exceptions: they shape the net.
     """
-    general = [r for r in rules if r.get("match") not in ("@first", "@last") or "kind" in r]
+    general = [r for r in rules if r.get("match") not in ENDS or "kind" in r]
     keep = "protocol=uniform: first and last layer in float"
-    return [{"match": "@first", "keep": keep}, {"match": "@last", "keep": keep}, *general] if rules else []
-
-
-def parent_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration of the float parent: the same model, data and seed, trained with the parent's recipe."""
-    return {
-        **config,
-        "name": None,
-        "method": FLOAT_METHOD,
-        "options": {},
-        "w_bits": bits.FLOAT,
-        "a_bits": bits.FLOAT,
-        "init": "scratch",
-        "protocol": "paper",
-        "kernels": "auto",  # one parent for all tiers
-        "train": config["parent"],
-        "distill": {"weight": 0.0, "temperature": 1.0},
-    }
-
-
-def identity(config: Mapping[str, Any], data: Mapping[str, Any], init: str) -> dict[str, Any]:
-    """What decides the numbers of a run: the configuration without folders, devices and display; the data by checksum.
-
-    Values that are null, empty or a recipe's default are left out, so that a new option does not rename old results;
-    so are those that the schedule does not read.
-    """
-    method, unread = config["method"], UNREAD.get(config["train"]["schedule"], ("milestones", "gamma"))
-    out = {
-        "method": {
-            "name": method["name"],
-            # the wording of a reason decides nothing
-            "rules": [{k: bool(v) if k == "keep" else v for k, v in r.items()} for r in method.get("rules") or []],
-            **{k: method.get(k) for k in ("hooks", "param_groups")},
-        },
-        "options": config["options"],
-        "model": config["model"],
-        "data": data,
-        "recipe": {k: v for k, v in config["train"].items() if v != DEFAULTS[k] and k not in unread},
-        "init": init,
-        "seed": config["seed"],
-        "bits": [config["w_bits"], config["a_bits"]],
-        "distill": config["distill"] if config["distill"]["weight"] else None,
-        "workers": config["workers"] if config["workers"] > 1 else None,
-        "compile": config["compile"] or None,
-        "kernels": config["kernels"] if config["kernels"] != "auto" else None,  # tiers differ by rounding
-    }
-    return _pruned(out)  # type: ignore[no-any-return]
-
-
-def _pruned(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        kept = {k: _pruned(v) for k, v in value.items()}
-        return {k: v for k, v in kept.items() if v is not None and v != {} and v != []}
-    if isinstance(value, (list, tuple)):
-        return [_pruned(v) for v in value]
-    return value
-
-
-def digest(content: Any) -> str:
-    """Ten hex digits that name `content`."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
-
-
-def folder_name(config: Mapping[str, Any], key: str) -> str:
-    """<name>-<hash>; the name is method, bits, model and data set unless `name` was given."""
-    method = config["method"]["name"]
-    width = "" if method == "float" else f"-w{config['w_bits']:g}a{config['a_bits']:g}"
-    default = f"{method}{width}-{config['model']['name']}-{config['dataset']['name']}"
-    return f"{config['name'] or default}-{key}"
+    return [{"match": "@ends", "keep": keep}, *general] if rules else []

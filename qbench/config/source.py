@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from qbench.config.resolve import digest
+from qbench.config.identity import digest
 
 # What decides the numbers of every run, beside the method's own files and the model's.
 CORE = (

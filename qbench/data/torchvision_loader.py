@@ -17,17 +17,16 @@ def torchvision() -> ModuleType:
     """The torchvision package; imported on the first call (more than a second), so call it only where it is used.
 
     Its wheels hold C++ operators built for one build of PyTorch. Where they cannot be loaded (a CUDA wheel beside a
-    CPU-only PyTorch) the import fails at `torchvision::nms`, although data sets and transforms need no operator. Only
-    then are the two names that its Python code decorates declared, without a kernel, and the import is tried again.
+    CPU-only PyTorch) the import fails at `torchvision::nms`, although data sets, transforms and classifiers need no
+    operator. Only then are the two names that its Python code decorates declared, without a kernel, and the import is
+    tried again.
 
     Errors: UserError when torchvision is not installed.
     """
     try:
         return importlib.import_module("torchvision")
     except ModuleNotFoundError as error:
-        raise UserError(
-            f"this data set needs torchvision ({error}); install it with: pip install torchvision"
-        ) from error
+        raise UserError(f"torchvision is needed here ({error}); install it with: pip install torchvision") from error
     except RuntimeError as error:
         if _declared or "torchvision::" not in str(error):
             raise

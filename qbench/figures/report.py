@@ -62,12 +62,23 @@ def tell(folder: Path, result: Mapping[str, Any], line: Callable[[str], None]) -
         f"  bits per weight       {result['bits_per_weight']:>7.2f}     (quantized layers, scales and padding counted)"
     )
     line(f"  bytes                 {result['bytes']:>7,}     (whole net, packed)")
+    if result["method"] != "float" and (floats := _float_inputs(folder)):
+        line(f"  float inputs          {floats}     (convolutions and linear layers; manifest.json says why)")
     line(f"  seconds               {result['seconds']:>7.0f}")
     if str(result.get("device", "cpu")).startswith("cuda") and "images_per_s" in result:
         line(f"  images/s              {result['images_per_s']:>7,}     (evaluations and records included)")
     pictures = [str(folder / n) for n in ("curves.png", "histograms.png", "telemetry.png") if (folder / n).is_file()]
     line(f"  pictures              {'  '.join(pictures) or '-'}")
     line(f"  everything            {folder}")
+
+
+def _float_inputs(folder: Path) -> str:
+    """How many layers of a run compute on float inputs, "19 of 53"; empty where its manifest does not say."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        return f"{len(manifest['float_inputs'])} of {manifest['layers']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def _spread(values: list[float | None]) -> str:

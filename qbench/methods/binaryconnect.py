@@ -30,7 +30,8 @@ class BinaryConnect(Quantizer):
     `clip_gradients` only where |w| <= H (the closed interval), as Alizadeh et al. (ICLR 2019) try; or times one of the
     slopes of `Slope` at w / H, by `gradient`. `Latents` clips w.
 
-    Stochastic weights are drawn anew for each batch of the training. What is evaluated is `evaluate`:
+    Stochastic weights are drawn anew for each batch of the training. What is evaluated is `evaluate`, None for real
+    where stochastic, else binary:
       binary: the deterministic weights, a net of 1 bit
       real:   the latent weights, as the authors do after stochastic training (Sec. 2.6). Their 8.27 % on CIFAR-10 is of
               such a net, of 32 bits at inference; `stored_bits` says so. `codes` are those of the binary weights.
@@ -54,7 +55,7 @@ class BinaryConnect(Quantizer):
         *,
         bits: float = 1,
         stochastic: bool = False,
-        evaluate: str = "binary",
+        evaluate: str | None = None,
         h: float | str = 1.0,
         clip_gradients: bool = False,
         gradient: str | None = None,
@@ -62,7 +63,7 @@ class BinaryConnect(Quantizer):
         super().__init__()
         self.bits = check_bits(bits, 1, 1)
         self.slope = Slope(gradient or ("clipped" if clip_gradients else "identity"))
-        self.evaluate = check_choice("evaluate", evaluate, EVALUATE)
+        self.evaluate = check_choice("evaluate", evaluate or ("real" if stochastic else "binary"), EVALUATE)
         self.stochastic = stochastic
         self.coefficient = glorot(layer)
         if h == "glorot":

@@ -148,7 +148,7 @@ class FleXOR(Quantizer):
         n_out: int = 20,
         n_tap: int | None = 2,
         q: int | None = None,
-        matrix: str = "random",
+        matrix: str = "covering",
         matrix_seed: int = 0,
         stage: int | None = None,
         mode: str = "flexor",

@@ -33,6 +33,7 @@ class Activation(UniformGrid):
 
     lo <- decay * lo + (1 - decay) * min(x), likewise hi; the first batch sets them. They move in training mode only,
     also while quantization is still off, and stand still at evaluation. Calibration images count as training batches.
+    Each of n micro-batches (train.accumulate) moves them with the n-th root of `decay`: a step weighs the same.
     Gradient: 1 within the range, else 0; none to lo and hi. Shape: any, one step per tensor.
 
     Args:
@@ -65,13 +66,21 @@ class Activation(UniformGrid):
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:
         """Move the averages by one batch."""
+        self._move(x, self.decay)
+
+    def _train(self, x: Tensor) -> None:
+        """Move the averages by one micro-batch."""
+        self._move(x, self.decay ** (1 / self.pieces[0]))
+
+    @torch.no_grad()
+    def _move(self, x: Tensor, decay: float) -> None:
         for average, now in zip((self.lo, self.hi), (x.amin(), x.amax()), strict=True):
             now = now.float()
-            average.copy_(torch.where(average.isinf(), now, average * self.decay + now * (1 - self.decay)))
+            average.copy_(torch.where(average.isinf(), now, average * decay + now * (1 - decay)))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and self.enabled:
-            self.calibrate(x)
+            self._train(x)
         return super().forward(x)
 
     def kernel(self, shape: torch.Size) -> Kernel:
@@ -80,7 +89,7 @@ class Activation(UniformGrid):
 
     def bypass(self, x: Tensor) -> Tensor:
         if self.training and torch.is_grad_enabled():  # without gradients it is calibration, which counts by itself
-            self.calibrate(x)
+            self._train(x)
         return x
 
 
@@ -110,15 +119,16 @@ class FoldedLayer(QuantLayer):
     mu_B and var_B come from one more, float op(x, w) + b, and gradients flow through them; running statistics are
     updated as nn.BatchNorm does, and here used as they stood before this batch. While `frozen` they stand still.
 
-    Departure: the variance is at least `floor`, so that a dead channel of a depthwise conv does not set the range of
-    the whole layer; with torch's eps of 1e-5 (TensorFlow: 1e-3) that is needed.
+    Departure: the variance is at least `floor` times the median of the layer's variances, so that a dead channel of a
+    depthwise conv does not set the range of the whole layer; torch's eps of 1e-5 (TensorFlow: 1e-3) does not see to
+    it. A share, since an absolute one would fold a layer of small outputs into another function.
 
     Args:
         layer: the conv or linear layer
         site: 'replace'
         pair: its batch-norm
         fold: jacob | krishnamoorthi
-        floor: the smallest variance; in squares of the output's unit
+        floor: the smallest variance, as a share of the layer's median; 0 is none
 
     Raises:
         ValueError: an unknown fold, a negative floor, or a batch-norm without running statistics
@@ -135,7 +145,7 @@ class FoldedLayer(QuantLayer):
         *,
         pair: nn.modules.batchnorm._BatchNorm,
         fold: str = "jacob",
-        floor: float = 1e-5,
+        floor: float = 1e-4,
     ) -> None:
         super().__init__(layer)
         if not isinstance(pair, nn.modules.batchnorm._BatchNorm) or pair.running_var is None:
@@ -198,7 +208,8 @@ class FoldedLayer(QuantLayer):
 
     def _inverse(self, var: Tensor) -> Tensor:
         """1 / sigma."""
-        return torch.rsqrt(torch.where(var < self.floor, self.floor, var) + self.bn.eps)
+        least = var.detach().median() * self.floor
+        return torch.rsqrt(torch.where(var < least, least, var) + self.bn.eps)
 
     def _weight(self, inverse: Tensor) -> Tensor:
         """gamma w / sigma."""

@@ -50,7 +50,7 @@ class LSQ(Quantizer):
     2^bits - 1. s starts at 2 mean|x| / sqrt(Q_P), and is read as at least 1e-6. Any shape, batch first.
     Gradient: dx_hat/dx = 1 for -Q_N < x/s < Q_P, else 0; dx_hat/ds = round(x/s) - x/s there, -Q_N below, Q_P above,
     summed over the tensor and multiplied by 1 / sqrt(N Q_P). N: the weights of the layer; for inputs the features of
-    one image, or all values of the batch.
+    one image, as in the paper, or all values of the step's batch, however many micro-batches and workers share it.
 
     Departures: an input that turns out negative during calibration (the image, the output of a linear bottleneck) gets
     the signed grid, where the paper's inputs all follow a ReLU. mean|x| is over all calibration images, not the first
@@ -97,7 +97,9 @@ class LSQ(Quantizer):
 
     def slope(self, shape: torch.Size) -> float:
         """1 / sqrt(N Q_P): the factor of the step's gradient, for an input of this shape."""
-        n = shape.numel() if self.is_weight or self.count == "numel" else shape[1:].numel()
+        n = shape.numel() if self.is_weight else shape[1:].numel()
+        if self.count == "numel" and not self.is_weight:
+            n = shape.numel() * math.prod(self.pieces)
         return 1 / math.sqrt(n * self.bounds[1])
 
     def quantize(self, x: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from torch import Tensor, nn
 
 from qbench.methods.shared.binary import Slope
 from qbench.quant.layers import QuantLayer
-from qbench.quant.method import Hook, State
 from qbench.quant.quantizer import Kernel, Quantizer, check_bits
 
 
@@ -59,22 +58,3 @@ class RPReLU(nn.Module):
 
     def kernel(self, shape: torch.Size) -> Kernel:
         return Kernel("prelu", trained=(self.gamma, self.beta, self.zeta))
-
-
-class TeacherAlone(Hook):
-    """Take the loss from the labels out, so that the distillation term alone is left.
-
-    Where there is a teacher (distill.weight above 0); without one the labels teach. The term left is KL(teacher ||
-    student), the paper's Eq. 10 but for the teacher's entropy, a constant.
-
-    Reference: arXiv 2003.03488, Sec. 4.3
-    """
-
-    def __init__(self, active: bool = True) -> None:
-        super().__init__()
-        self.active = active
-
-    def loss(self, state: State) -> Tensor | None:
-        if not self.active or state.teacher is None or state.labels_loss is None:
-            return None
-        return -state.labels_loss

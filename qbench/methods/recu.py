@@ -15,6 +15,15 @@ QUANTILES = ("laplace", "empirical")
 SCALES = ("mean", "learned")
 
 
+def _quantiles(z: Tensor, shares: Tensor) -> Tensor:
+    """torch.quantile(z, shares), which takes no more than 2^24 values."""
+    ordered = z.sort().values
+    place = shares.double() * (len(z) - 1)
+    below = place.long()
+    above = (below + 1).clamp_max(len(z) - 1)
+    return ordered[below].lerp(ordered[above], (place - below).to(z.dtype))
+
+
 class ReCUWeight(Quantizer):
     """w_hat = alpha * sign(v), where v is w standardized and clamped to its quantiles; sign(0) = +1.
 
@@ -76,8 +85,7 @@ class ReCUWeight(Quantizer):
         if self.quantile == "laplace":
             hi = -z.abs().mean() * (2 - 2 * self.tau).log()
             return ops.clip(w, -hi, hi)
-        lo, hi = torch.quantile(z.flatten(), torch.stack([1 - self.tau, self.tau]))
-        return ops.clip(w, lo, hi)
+        return ops.clip(w, *_quantiles(z.flatten(), torch.stack([1 - self.tau, self.tau])))
 
     def magnitude(self, v: Tensor) -> Tensor:
         """alpha of each output channel, [out, 1, ...]."""

@@ -86,40 +86,11 @@ class TGA(Quantizer):
         return super().describe() | {"threshold": self.threshold}
 
 
-class TakeTurns(Hook):
-    """Train thresholds and everything else in turns, and keep thresholds at 0 or above.
-
-    Of every `every` steps the first trains the thresholds alone, the others all else; 1 trains all at once. The paper
-    updates the thresholds, computes the loss of the same batch once more with the new ones, then updates the weights:
-    a pass over the data here is half of one there.
-
-    Errors: ValueError on every below 1.
-    Reference: arXiv 1810.01018, Fig. 1
-    """
-
-    def __init__(self, every: int = 2) -> None:
-        super().__init__()
-        if isinstance(every, bool) or every != int(every) or every < 1:
-            raise ValueError(f"every must be a whole number of at least 1, got {every!r}")
-        self.every = int(every)
-
-    def thresholds(self, state: State) -> list[nn.Parameter]:
-        quantizers = [layer.weight_quantizer for _, layer in quant_layers(state.model)]
-        return [q.delta for q in quantizers if isinstance(q, TGA)]
-
-    def phase(self, state: State) -> bool:
-        """Whether it is the thresholds' turn."""
-        return state.step % self.every == 0
-
-    def after_backward(self, state: State) -> None:
-        if self.every == 1:
-            return
-        theirs = {id(p) for p in self.thresholds(state)}
-        for p in state.model.parameters():
-            if (id(p) in theirs) != self.phase(state):
-                p.grad = None  # the optimizer leaves it alone
+class PositiveThresholds(Hook):
+    """Keep thresholds at 0 or above. Reference: arXiv 1810.01018, Sec. 3"""
 
     @torch.no_grad()
     def after_step(self, state: State) -> None:
-        for delta in self.thresholds(state):
-            delta.clamp_(min=0)
+        for _, layer in quant_layers(state.model):
+            if isinstance(layer.weight_quantizer, TGA):
+                layer.weight_quantizer.delta.clamp_(min=0)

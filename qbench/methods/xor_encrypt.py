@@ -115,7 +115,7 @@ class PrunedCode(Quantizer):
             raise ValueError(f"sparsity must be in 0..1, below 1, got {sparsity!r}")
         if n_out is None:
             n_out = max(n_in, math.floor(0.85 * n_in / (1 - sparsity)))
-        self.spec = XorSpec(n_in, n_out, None, seed=matrix_seed)
+        self.spec = XorSpec(n_in, n_out, None, matrix="random", seed=matrix_seed)
         if n_in > MOST_INPUTS:
             raise ValueError(f"n_in must be at most {MOST_INPUTS}, got {n_in}")
         self.sparsity, self.planes = sparsity, self.bits - 1
@@ -184,6 +184,7 @@ class PrunedCode(Quantizer):
         mask, n = mask_bits(self.mask), weight.numel()
         parts = {"seed_bits": seeds / n, "patch_bits": patches / n, "mask_bits": mask / n}
         parts["compression_ratio"] = self.bits * n / (seeds + patches + mask)
+        parts["compression_ratio_without_mask"] = self.planes * n / (seeds + patches)
         self.counted = {**parts, "patches": int(encrypted.patches.sum()), "slices": len(bits)}
         return float(seeds + patches + mask), 32.0 * self.alpha.numel()
 
@@ -191,8 +192,9 @@ class PrunedCode(Quantizer):
         return {self.spec: float(self.spec.n_in * self.spec.n_out)}
 
     def describe(self) -> dict[str, Any]:
-        """Beside the usual: bits per weight of seeds, patches and mask, as `stored_bits` last counted them, and the
-        compression ratio: `bits` a weight, as before encryption, to the sum of these three."""
+        """Beside the usual: bits per weight of seeds, patches and mask, as `stored_bits` last counted them, and two
+        compression ratios: `bits` a weight, as before encryption, to the sum of these three, and the paper's, which
+        counts the mask on neither side: a bit a plane to seeds and patches."""
         keys = ("n_in", "n_out", "matrix_seed", "rank", "duplicate_rows", "unused_inputs")
         wiring = {key: value for key, value in xor_spec.facts(self.spec).items() if key in keys}
         return super().describe() | wiring | {"planes": self.planes, "sparsity": self.sparsity} | self.counted

@@ -51,7 +51,8 @@ class PreactivationBlock(nn.Module):
     """Two 3x3 convs behind their activations: conv(relu(bn(conv(a)))) + shortcut(x), with a = relu(bn(x)).
 
     The shortcut starts at x, and at a where `share` is set: in the first block of the net, "right after conv1 and
-    before splitting into two paths", and where the shape changes, as in the authors' code. With `per_conv` it ends
+    before splitting into two paths", and where the shape changes, as in the authors' code (tensorpack's ResNet, from
+    which the TTQ authors' comes, does the former alone). With `per_conv` it ends
     behind the first conv, and a plain one leads around the other: y = conv(a) + shortcut, then conv(relu(bn(y))) + y.
 
     Reference: 1603.05027, figure 4(e) and appendix
@@ -84,13 +85,24 @@ class PreactivationBlock(nn.Module):
 
 
 def _stage(
-    before: int, after: int, stride: int, blocks: int, shortcut: str, preactivation: bool, per_conv: bool
+    before: int,
+    after: int,
+    stride: int,
+    blocks: int,
+    shortcut: str,
+    preactivation: bool,
+    per_conv: bool,
+    raw_shortcut: bool = False,
 ) -> nn.Sequential:
-    """`blocks` blocks, the first of which strides, changes the channels and, pre-activation, shares its activation."""
+    """`blocks` blocks, the first of which strides, changes the channels and, pre-activation, shares its activation.
+
+    With `raw_shortcut` it shares it only where no shape changes: at the start of the net.
+    """
+    share = stride == 1 or not raw_shortcut
     stage: list[nn.Module] = []
     for i in range(blocks):
         options = (*((before, after, stride) if i == 0 else (after, after, 1)), shortcut, per_conv)
-        stage.append(PreactivationBlock(*options, share=i == 0) if preactivation else Block(*options))
+        stage.append(PreactivationBlock(*options, share=i == 0 and share) if preactivation else Block(*options))
     return nn.Sequential(*stage)
 
 
@@ -109,9 +121,13 @@ class ResNetCIFAR(nn.Sequential):
         shortcut: where the shape changes, A: subsample and pad with zeros; B: 1x1 conv and batch-norm
         preactivation: batch-norm and ReLU before each conv (and after the last block) instead of behind it; None is no
         shortcut_per_conv: a shortcut around every conv instead of every two, for binary nets; None is no
+        raw_shortcut: in the pre-activation net, a shortcut where the shape changes starts at the block's input instead
+            of at its first activation, as in the TTQ authors' code; None is no
+        final_norm: batch-norm of the pooled features before the classifier, as in the IR-Net and ReCU authors' code;
+            None is no
 
     Raises:
-        ValueError: an argument out of its range
+        ValueError: an argument out of its range, or raw_shortcut without preactivation
 
     Reference: 1512.03385, section 4.2; 1603.05027 for the pre-activation form; 1808.00278 for a shortcut per conv
     """
@@ -127,14 +143,18 @@ class ResNetCIFAR(nn.Sequential):
         shortcut: str = "A",
         preactivation: bool | None = None,
         shortcut_per_conv: bool | None = None,
+        raw_shortcut: bool | None = None,
+        final_norm: bool | None = None,
     ) -> None:
         check(channels, classes, size, width, smallest=8)
         if depth < 8 or (depth - 2) % 6:
             raise ValueError(f"depth must be 6n + 2 (8, 14, 20, 32, 44, 56, 110, ...), got {depth}")
         if shortcut not in ("A", "B"):
             raise ValueError(f"shortcut must be A or B, got {shortcut!r}")
+        if raw_shortcut and not preactivation:
+            raise ValueError("raw_shortcut=true asks for preactivation=true: no other shortcut starts behind a ReLU")
         one, two, three = (scaled(c, width) for c in (16, 32, 64))
-        options = (depth - 2) // 6, shortcut, bool(preactivation), bool(shortcut_per_conv)
+        options = (depth - 2) // 6, shortcut, bool(preactivation), bool(shortcut_per_conv), bool(raw_shortcut)
         stages = named(
             layer1=_stage(one, one, 1, *options),
             layer2=_stage(one, two, 2, *options),
@@ -145,6 +165,7 @@ class ResNetCIFAR(nn.Sequential):
             body = {**stem, **stages, **named(bn=nn.BatchNorm2d(three), relu=nn.ReLU())}
         else:
             body = {**stem, **named(bn1=nn.BatchNorm2d(one), relu1=nn.ReLU()), **stages}
-        head = named(pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=nn.Linear(three, classes))
-        super().__init__(named(**body, **head))
+        norm = named(final_norm=nn.BatchNorm1d(three)) if final_norm else {}
+        pool = named(pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten())
+        super().__init__(named(**body, **pool, **norm, fc=nn.Linear(three, classes)))
         he_init(self)

@@ -20,6 +20,19 @@ METRICS = ("accuracy", "error")
 REPORTS = ("last", "best", "val", "unknown")
 LEVELS = ("primary", "secondary", "memory")
 KINDS = ("points", "dots", "drops", "curves")
+# In what the runs of a claim may differ beside their methods; see `qbench.papers.setups`.
+PARTS = (
+    "start",
+    "optimizer",
+    "learning rate",
+    "schedule",
+    "epochs",
+    "batch size",
+    "weight decay",
+    "loss",
+    "net",
+    "data",
+)
 
 
 @dataclass(frozen=True)
@@ -54,10 +67,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Claim:
-    """The paper's rows from best to worst, where `text` says so in words."""
+    """The paper's rows from best to worst, where `text` says so in words. about: which of `PARTS` it is about."""
 
     text: str
     order: tuple[str, ...]
+    about: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,6 +87,8 @@ class Figure:
     histogram: str = ""
 
     def __post_init__(self) -> None:
+        for name in ("kind", "xlabel", "histogram"):
+            _text(f"figure.{name}", getattr(self, name))
         if self.kind not in KINDS:
             raise unknown("figure kind", self.kind, KINDS)
         if self.kind == "points" and not self.xlabel:
@@ -81,7 +97,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Card:
-    """A table or figure of a paper."""
+    """A table or figure of a paper. noise: points that decide nothing, where more than the test images say."""
 
     name: str
     title: str
@@ -96,7 +112,7 @@ class Card:
     rows: tuple[Row, ...]
     claims: tuple[Claim, ...] = ()
     figure: Figure = field(default_factory=Figure)
-    noise: float = 0.3
+    noise: float = 0.0
 
     def row(self, row_id: str) -> Row:
         return next(r for r in self.rows if r.id == row_id)
@@ -107,6 +123,7 @@ class Card:
         return tuple(r for r in self.rows if r.words is not None)
 
 
+TEXTS = ("label", "run", "paper", "source", "level", "baseline", "differs", "group", "note")
 ROW_KEYS = (*(f.name for f in fields(Row) if f.name != "words"), "run", "over")
 CARD_KEYS = (*(f.name for f in fields(Card) if f.name != "name"), "published", "run", "paper_run", "source", "level")
 
@@ -154,16 +171,39 @@ def _card(name: str, content: Any) -> Card:
     card = Card(
         name=name,
         rows=rows,
-        protocol=tuple(content["protocol"]),
-        claims=tuple(Claim(c["text"], tuple(c["order"])) for c in content.get("claims", [])),
+        protocol=_texts("protocol", content["protocol"]),
+        claims=tuple(map(_claim, content.get("claims", []))),
         figure=Figure(**content.get("figure", {})),
-        **{k: content[k] for k in ("title", "paper", "where", "metric", "report", "cost")},
-        arxiv=str(content["arxiv"]),
+        cost={k: _text(f"cost.{k}", v) for k, v in content["cost"].items()},
+        **{k: _text(k, content[k]) for k in ("title", "paper", "where", "metric", "report", "arxiv")},
         tolerance=float(content["tolerance"]),
-        noise=float(content.get("noise", 0.3)),
+        noise=float(content.get("noise", 0.0)),
     )
     _check(card, content.get("published"))
     return card
+
+
+def _text(name: str, value: Any) -> str:
+    """The text of a field; a number is taken as it is written."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise UserError(f"{name} must be text, got {value!r}; in YAML a text with ': ' in it needs quotes")
+    return str(value)
+
+
+def _texts(name: str, values: Any) -> tuple[str, ...]:
+    if not isinstance(values, list):
+        raise UserError(f"{name} must be a list of texts, got {values!r}")
+    return tuple(_text(f"{name}, entry {i}", v) for i, v in enumerate(values, 1))
+
+
+def _claim(content: Any) -> Claim:
+    _known("field of a claim", content, [f.name for f in fields(Claim)])
+    text = _text("text of a claim", content["text"])
+    about = _texts(f"about of the claim '{text}'", content.get("about", []))
+    for part in about:
+        if part not in PARTS:
+            raise unknown(f"part in about of the claim '{text}'", part, PARTS)
+    return Claim(text, _texts(f"order of the claim '{text}'", content["order"]), about)
 
 
 def _known(what: str, content: Any, keys: Any) -> None:
@@ -194,21 +234,23 @@ def _expanded(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def _row(card: Mapping[str, Any], row: Mapping[str, Any]) -> Row:
-    name = row["id"]
+    name = _text("id of a row", row["id"])
     _known(f"field of row '{name}'", row, ROW_KEYS)
-    runs = row.get("run") is not None
+    told = {k: _text(f"{k} of row '{name}'", row[k]) for k in TEXTS if row.get(k) is not None}
+    common = {k: _text(k, card[k]) for k in ("run", "paper_run", "source", "level") if card.get(k) is not None}
+    runs = "run" in told
     try:
         return Row(
-            id=str(name),
-            label=str(row.get("label", name)),
-            words=_merged(card.get("run"), row["run"]) if runs else None,
-            paper=_merged(card.get("paper_run"), row.get("paper")) if runs else (),
+            id=name,
+            label=told.get("label", name),
+            words=_merged(common.get("run"), told["run"]) if runs else None,
+            paper=_merged(common.get("paper_run"), told.get("paper")) if runs else (),
             published=_float(row, "published"),
             published_float=_float(row, "published_float"),
             x=_float(row, "x"),
-            source=str(row.get("source", card.get("source", ""))),
-            level=str(row.get("level", card.get("level", "primary"))),
-            **{k: str(row[k]) for k in ("baseline", "differs", "group", "note") if k in row},
+            source=told.get("source", common.get("source", "")),
+            level=told.get("level", common.get("level", "primary")),
+            **{k: told[k] for k in ("baseline", "differs", "group", "note") if k in told},
         )
     except ValueError as error:
         raise UserError(f"row '{name}': {error}") from error

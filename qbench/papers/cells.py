@@ -1,6 +1,7 @@
 """What the rows of a card came to, beside the published numbers: statuses and claims. No torch here."""
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import stdev
@@ -8,13 +9,16 @@ from typing import Any
 
 from qbench.papers.cards import Card, Claim, Row
 from qbench.papers.results import Kept, average
+from qbench.papers.setups import SetupOf, differences
 
 TRIAL = "trial on narrow nets and synthetic data"
+TEST_IMAGES = {"imagenet": 50_000, "svhn": 26_032}  # 10,000 in all other data sets that cards use
 # The status of a cell, and what it means.
 STATUSES = {
     "match": "the paper's protocol, within the card's tolerance of the published number",
     "gap": "the paper's protocol, further away than that",
     "protocol differs": "trained shorter or otherwise than in the paper: compare what is lost against float",
+    "earlier": "run with an earlier configuration of this row (†), to be run again: neither a match nor a gap",
     "unconfirmed": "the published number could not be checked against its source; it is no target",
     "no number": "the paper prints no number here; the claims below are what is compared",
     "comparison": "a published number of a method or net that is not run here",
@@ -96,11 +100,14 @@ def accuracy(card: Card, value: float | None) -> float | None:
 def _status(card: Card, kept: Kept, row: Row, budget: str, gap: float | None) -> str:
     if row.words is None:
         return "comparison"
-    if not kept.of(row, budget):
+    entries = kept.of(row, budget)
+    if not entries:
         failed = any(name.startswith(f"{row.id}, ") and name.endswith(f" {budget}") for name in kept.failed)
         return "failed" if failed else "not run"
     if budget == "smoke":
         return "trial"
+    if any(e["earlier"] for e in entries):
+        return "earlier"
     if row.published is None:
         return "no number"
     if row.level == "memory":
@@ -110,20 +117,60 @@ def _status(card: Card, kept: Kept, row: Row, budget: str, gap: float | None) ->
     return "match" if gap is not None and abs(gap) <= card.tolerance + 1e-9 else "gap"
 
 
-def verdict(card: Card, claim: Claim, found: Sequence[Cell]) -> str:
-    """Whether the rows come out in the order claimed: holds | not run yet | undecided | does not hold, and where."""
+def verdict(card: Card, claim: Claim, found: Sequence[Cell], setup_of: SetupOf) -> str:
+    """Whether the rows come out in the order claimed: holds | not run yet | undecided | does not hold, and where.
+
+    Where the runs differ in more than their methods and what the claim is about, that may have decided the order: it is
+    `confounded`, and by what. setup_of: `setups.setup` of a row in a budget, asked for where all rows have run.
+    """
     if any(c.status == "trial" for c in found):
         return "a trial decides nothing"
-    by_id = {c.row.id: c.ours for c in found}
-    ours = [(name, value) for name in claim.order if (value := by_id[name]) is not None]
-    if len(ours) < len(claim.order):
+    by_id = {c.row.id: c for c in found}
+    rows = [by_id[name] for name in claim.order]
+    if any(c.ours is None for c in rows):
         return "not run yet"
-    steps = [(a, b, x - y) for (a, x), (b, y) in itertools.pairwise(ours)]
-    wrong = [f"{b} is {-d:.2f} points above {a}" for a, b, d in steps if d < -card.noise]
-    close = [f"{a} and {b} are {abs(d):.2f} points apart" for a, b, d in steps if abs(d) <= card.noise]
+    if any(c.status == "earlier" for c in rows):
+        return "not run yet with the configuration of today"
+    budget = rows[0].entries[0]["budget"]
+    beside = differences([setup_of(c.row, budget) for c in rows], claim.about)
+    order = _order(card, rows) + _versions(rows)
+    return f"confounded: {beside}; as run: {order}" if beside else order
+
+
+def _order(card: Card, rows: Sequence[Cell]) -> str:
+    """Which of the rows, from best to worst as claimed, are clearly in that order, and which are not."""
+    wrong, close = [], []
+    for a, b in itertools.pairwise(rows):
+        assert a.ours is not None
+        assert b.ours is not None
+        d, least = a.ours - b.ours, noise(card, a, b)
+        if d < -least:
+            wrong.append(f"{b.row.id} is {-d:.2f} points above {a.row.id}")
+        elif d <= least:
+            close.append(f"{a.row.id} and {b.row.id} are {abs(d):.2f} points apart, noise is taken as {least:.2f}")
     if wrong:
         return "does not hold: " + "; ".join(wrong)
-    return f"undecided (noise is taken as {card.noise:g} points): " + "; ".join(close) if close else "holds"
+    return "undecided: " + "; ".join(close) if close else "holds"
+
+
+def noise(card: Card, a: Cell, b: Cell) -> float:
+    """The points within which a difference decides nothing: two standard errors of a difference of two accuracies, each
+    measured on the test images, or what the card says where that is more. More seeds do not lower it: the images stay.
+    """
+    total = 0.0
+    for c in (a, b):
+        name = next((e["data"]["name"] for e in c.entries if "data" in e), "")
+        total += (c.ours or 0.0) * (100 - (c.ours or 0.0)) / TEST_IMAGES.get(name, 10_000)
+    return max(card.noise, 2 * math.sqrt(total))
+
+
+def _versions(rows: Sequence[Cell]) -> str:
+    """By how many versions of the code the rows of one method were computed, where it is more than one."""
+    codes: dict[str, set[str]] = {}
+    for c in rows:
+        codes.setdefault(c.row.method, set()).update(e.get("code", "unknown") for e in c.entries)
+    most = max(map(len, codes.values()))
+    return f" (computed by {most} versions of the code)" if most > 1 else ""
 
 
 def title(card: Card, budgets: Sequence[str]) -> str:

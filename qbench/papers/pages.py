@@ -1,6 +1,7 @@
 """The pages of a card: table.md, table.csv and the index. No torch here.
 
-The pages are made from the card, results.json and, where there is one, notes.md (written by hand); nothing else.
+The pages are made from the card, what its rows are composed to (`setup_of`), results.json and, where there is one,
+notes.md (written by hand); nothing else.
 """
 
 import csv
@@ -15,6 +16,7 @@ from qbench.papers import cards, plots
 from qbench.papers.cards import Card
 from qbench.papers.cells import STATUSES, TRIAL, Cell, accuracy, cells, title, verdict
 from qbench.papers.results import Kept, read
+from qbench.papers.setups import SetupOf
 
 
 def _number(card: Card, value: float | None, spread: float | None = None) -> str:
@@ -51,25 +53,25 @@ def grid(card: Card, found: Sequence[Cell]) -> list[list[str]]:
     return lines
 
 
-def screen(card: Card, kept: Kept, budget: str) -> str:
+def screen(card: Card, kept: Kept, budget: str, setup_of: SetupOf) -> str:
     """The title, the table and the claims of one budget for the terminal."""
     found = cells(card, kept, budget)
     lines = grid(card, found)
     used = [i for i in range(len(lines[0])) if i == 0 or any(line[i] for line in lines[1:])]
     widths = {i: max(len(line[i]) for line in lines) for i in used}
     text = ["  ".join(line[i].ljust(widths[i]) for i in used).rstrip() for line in lines]
-    text += [f"{verdict(card, c, found)}: {c.text}" for c in card.claims]
+    text += [f"{verdict(card, c, found, setup_of)}: {c.text}" for c in card.claims]
     return "\n".join([title(card, [budget]), *text, *(f"failed: {k}: {v}" for k, v in sorted(kept.failed.items()))])
 
 
-def write(card: Card, folder: Path) -> Path:
+def write(card: Card, folder: Path, setup_of: SetupOf) -> Path:
     """Write table.md, table.csv and the figure; returns the page."""
     kept = read(folder)
     atomic_write(folder / "table.csv", table(card, kept))
     if drawable(card, kept):
         plots.draw(card, {b: cells(card, kept, b) for b in kept.budgets() or ["paper"]}, folder)
     notes = folder / "notes.md"
-    return atomic_write(folder / "table.md", page(card, kept, notes.read_text() if notes.is_file() else ""))
+    return atomic_write(folder / "table.md", page(card, kept, setup_of, notes.read_text() if notes.is_file() else ""))
 
 
 def drawable(card: Card, kept: Kept) -> bool:
@@ -92,7 +94,7 @@ def table(card: Card, kept: Kept) -> str:
     return out.getvalue()
 
 
-def page(card: Card, kept: Kept, notes: str = "") -> str:
+def page(card: Card, kept: Kept, setup_of: SetupOf, notes: str = "") -> str:
     """table.md."""
     where = f"arXiv [{card.arxiv}](https://arxiv.org/abs/{card.arxiv})" if card.arxiv[:1].isdigit() else card.arxiv
     heading = title(card, kept.budgets()).replace("\n", " ")
@@ -104,7 +106,7 @@ def page(card: Card, kept: Kept, notes: str = "") -> str:
     if drawable(card, kept):
         lines += [f"![{heading}](figure.png)", ""]
     for budget in kept.budgets() or ["paper"]:
-        lines += [*_section(card, kept, budget), ""]
+        lines += [*_section(card, kept, budget, setup_of), ""]
     lines += ["## Protocol", "", f"- The paper reports {_reported(card)}.", *(f"- {p}" for p in card.protocol)]
     lines += [f"- {r.label}: {text}." for r in card.rows for text in (r.differs, r.note) if text]
     lines += [f"- Tolerance of a match: {card.tolerance:g} points.", "", "## Cost", ""]
@@ -119,7 +121,7 @@ def _reported(card: Card) -> str:
     return said.get(card.report, "an epoch that it does not name; ours is the last")
 
 
-def _section(card: Card, kept: Kept, budget: str) -> list[str]:
+def _section(card: Card, kept: Kept, budget: str, setup_of: SetupOf) -> list[str]:
     found = cells(card, kept, budget)
     head, *body = grid(card, found)
     lines = [
@@ -131,12 +133,10 @@ def _section(card: Card, kept: Kept, budget: str) -> list[str]:
     lines += ["| " + " | ".join(line) + " |" for line in body]
     shown = [s for s in STATUSES if s in {c.status for c in found}]
     lines += ["", "; ".join(f"*{s}*: {STATUSES[s]}" for s in shown) + ". Differences are points of accuracy."]
-    if any(e["earlier"] for c in found for e in c.entries):
-        lines += ["", "† made with an earlier configuration of this row."]
     lines += _versions(found)
     failed = {k: v for k, v in sorted(kept.failed.items()) if k.endswith(f" {budget}")}
     lines += ["", *(f"- failed: {k}: {v}" for k, v in failed.items())] if failed else []
-    claims = [f"- {c.text}: **{verdict(card, c, found)}**" for c in card.claims]
+    claims = [f"- {c.text}: **{verdict(card, c, found, setup_of)}**" for c in card.claims]
     return [*lines, "", *claims] if claims else lines
 
 
@@ -155,13 +155,13 @@ def _versions(found: Sequence[Cell]) -> list[str]:
     return lines
 
 
-def write_index(results: Path) -> Path:
+def write_index(results: Path, setup_of: SetupOf) -> Path:
     """Write README.md of the results folder."""
-    return atomic_write(results / "README.md", index(results))
+    return atomic_write(results / "README.md", index(results, setup_of))
 
 
-def index(results: Path) -> str:
-    """README.md: every card and how far it is, from the results.json in `results` alone."""
+def index(results: Path, setup_of: SetupOf) -> str:
+    """README.md: every card and how far it is, from the results.json in `results`."""
     lines = ["# Papers redrawn", "", "<!-- generated by `qbench paper` from the results.json of each card -->", ""]
     lines += ["| card | what | budget | done | match | gap | protocol differs | claims that hold |"]
     lines += ["| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |"]
@@ -174,7 +174,7 @@ def index(results: Path) -> str:
             states = [c.status for c in found]
             tried |= "trial" in states
             done = f"{sum(bool(c.entries) for c in found)} of {len(card.runs)}"
-            held = sum(verdict(card, c, found) == "holds" for c in card.claims)
+            held = sum(verdict(card, c, found, setup_of).startswith("holds") for c in card.claims)
             counts = [str(states.count(s)) for s in ("match", "gap", "protocol differs")]
             claims = f"{held} of {len(card.claims)}" if card.claims else ""
             lines.append(f"| {' | '.join([name, card.title, budget, done, *counts, claims])} |")

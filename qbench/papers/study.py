@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from qbench.files import atomic_write
 from qbench.papers import cards, pages
 from qbench.papers.cards import Card, Row
 from qbench.papers.results import RESULTS, entry, finished, key_of, read
+from qbench.papers.setups import SetupOf, setup
 
 Compose = Callable[[Sequence[str]], dict[str, Any]]
 PLACES = ("device", "threads", "dataset.root", "tensorboard", "checkpoint_seconds", "debug")
@@ -88,7 +90,7 @@ def command(words: Sequence[str], compose: Compose) -> int:
         if status == 130:
             break
     if not ask.plan:
-        pages.write_index(ask.results)
+        pages.write_index(ask.results, composed(compose))
     return status
 
 
@@ -148,6 +150,12 @@ def run_words(row: Row, budget: str) -> list[str]:
     return trial_words(row) if budget == "smoke" else words_of(row, budget)
 
 
+@cache
+def composed(compose: Compose) -> SetupOf:
+    """What decides a comparison, of a row in a budget, composed when it is first asked for."""
+    return cache(lambda row, budget: setup(compose(words_of(row, budget))))
+
+
 class Study:
     """One card on the way: its results.json, the runs that lie in `out`, and what is still to do."""
 
@@ -171,10 +179,11 @@ class Study:
         if self.ask.plan:
             return self.plan(rows)
         status = 0 if self.ask.draw else self.run(rows)
-        print(f"\n{pages.screen(self.card, self.kept, self.ask.budget)}\n")
+        setup_of = composed(self.compose)
+        print(f"\n{pages.screen(self.card, self.kept, self.ask.budget, setup_of)}\n")
         if self.kept.entries or self.kept.failed:
             self.save()
-            print(pages.write(self.card, self.folder))
+            print(pages.write(self.card, self.folder, setup_of))
         return status
 
     def config(self, row: Row, budget: str, seed: int = 0) -> dict[str, Any]:
@@ -240,8 +249,8 @@ class Study:
 
     def one(self, row: Row, seed: int) -> str | None:
         """Execute one run, or resume it; returns the error, if any, without folders."""
+        from qbench.training.execute import execute
         from qbench.training.interrupt import Interrupted
-        from qbench.training.run import execute
 
         try:
             self.add(row, self.ask.budget, execute(self.config(row, self.ask.budget, seed)))

@@ -14,18 +14,21 @@ from qbench.quant.surgery import activation_quantizers
 
 
 class Distill(Hook):
-    """Add a distillation term from the float parent (arXiv 1503.02531).
+    """Add a distillation term from the float parent (arXiv 1503.02531), and weigh the loss from the labels.
 
-    loss += weight * T^2 * KL(softmax(teacher/T) || softmax(logits/T)); T^2 keeps the gradient's size independent of T.
+    loss = labels * loss + weight * T^2 * KL(softmax(teacher/T) || softmax(logits/T))
+
+    T^2 keeps the gradient independent of T in size.
     """
 
-    def __init__(self, weight: float = 1.0, temperature: float = 1.0) -> None:
+    def __init__(self, weight: float = 1.0, temperature: float = 1.0, labels: float = 1.0) -> None:
         super().__init__()
-        if weight < 0 or temperature <= 0:
+        if weight < 0 or temperature <= 0 or labels < 0:
             raise ValueError(
-                f"distillation needs weight >= 0 and temperature > 0, got weight={weight}, temperature={temperature}"
+                "distillation needs weight >= 0, temperature > 0 and labels >= 0, "
+                f"got weight={weight}, temperature={temperature}, labels={labels}"
             )
-        self.weight, self.temperature = weight, temperature
+        self.weight, self.temperature, self.labels_weight = weight, temperature, labels
 
     def loss(self, state: State) -> Tensor | None:
         if state.teacher is None or state.inputs is None or state.logits is None:

@@ -100,6 +100,7 @@ class Quantizer(nn.Module, ABC):
     watches: bool = False  # its range follows what it is given: it must be called, and nothing may take its place
     casts: bool = False  # whether `quantize` takes and gives bf16 too, computing in float32 inside its formula
     idempotent: bool = True  # quantizing a quantized tensor changes nothing; a paper whose map is not says so
+    pieces: tuple[int, int] = (1, 1)  # into how many micro-batches, and workers, the trainer divides a step's batch
     eager: str = ""  # why a step with it cannot be a CUDA graph ("reads a value on the host"); empty: it can
 
     def __init__(self) -> None:

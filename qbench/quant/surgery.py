@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from qbench.quant.float_inputs import float_inputs, layers
 from qbench.quant.layers import QuantLayer, quant_layers
 from qbench.quant.method import Rule
 from qbench.quant.quantizer import Quantizer
@@ -58,7 +59,9 @@ def matches(model: nn.Module, rules: Sequence[Rule]) -> dict[str, Rule]:
     chosen: dict[str, Rule] = {}
     for rule in rules:
         names = [n for n, m in modules.items() if _is_kind(m, rule.kind)]
-        hits = {"@first": names[:1], "@last": names[-1:]}.get(rule.match)
+        hits = {"@first": names[:1], "@last": names[-1:], "@ends": [*dict.fromkeys([*names[:1], *names[-1:]])]}.get(
+            rule.match
+        )
         if hits is None:
             hits = [n for n in names if fnmatchcase(n, rule.match)]
         if rule.pair:
@@ -84,15 +87,22 @@ def quantize(model: nn.Module, rules: Sequence[Rule]) -> dict[str, str]:
         module = model.get_submodule(name)
         if rule.replace is not None and rule.pair:
             new = rule.replace(module, "replace", pair=model.get_submodule(consumers[name]))
-            model.set_submodule(consumers[name], nn.Identity())
+            _put(model, consumers[name], nn.Identity())
         elif rule.replace is not None:
             new = rule.replace(module, "replace", **({"channels": counts[name]} if rule.channels else {}))
         else:
             new = QuantLayer(module)  # type: ignore[arg-type]
         if isinstance(new, QuantLayer):
             _fill(new, rule)
-        model.set_submodule(name, new)
+        _put(model, name, new)
     return kept
+
+
+def _put(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Set `new` in the place of the module `name`, under all names that it has: a net may use one ReLU in many."""
+    old = model.get_submodule(name)
+    for other in [n for n, m in model.named_modules(remove_duplicate=False) if m is old]:
+        model.set_submodule(other, new)
 
 
 def _fill(layer: QuantLayer, rule: Rule) -> None:
@@ -129,7 +139,10 @@ def _reason(owner: nn.Module, leaf: str, owner_name: str, kept: dict[str, str]) 
 
 
 def manifest(model: nn.Module, kept: dict[str, str]) -> dict[str, Any]:
-    """Every tensor with its bits, granularity and signedness, or why it was left alone; every activation quantizer."""
+    """Every tensor with its bits, granularity and signedness, or why it was left alone; every activation quantizer.
+
+    `float_inputs`: which of the `layers` compute on float inputs, and why.
+    """
     weights: dict[str, Any] = {}
     for name, parameter in model.named_parameters():
         owner_name, _, leaf = name.rpartition(".")
@@ -151,7 +164,8 @@ def manifest(model: nn.Module, kept: dict[str, str]) -> dict[str, Any]:
         for name, layer in quant_layers(model)
         if layer.error_quantizer is not None
     }
-    return {"weights": weights, "activations": activations, "errors": errors, "size": size(model)}
+    found = {"weights": weights, "activations": activations, "errors": errors, "size": size(model)}
+    return found | {"float_inputs": float_inputs(model, kept), "layers": len(layers(model))}
 
 
 def size(model: nn.Module) -> dict[str, float]:

@@ -42,7 +42,8 @@ class UniformGrid(Quantizer):
         layer: gives the number of channels when `per_channel`
         site: weight, or any activation or error site
         bits: 2..16
-        symmetric: zero = 0 and signed codes; otherwise affine, codes 0..2^bits - 1
+        symmetric: zero = 0 and signed codes (0..2^bits - 1 for activations that `Uniform` has never seen below 0);
+            otherwise affine, codes 0..2^bits - 1
         restricted: leave the lowest code unused, so that symmetric codes have equally many values on both sides
         per_channel: one step per output channel (axis 0); weights only
 
@@ -108,8 +109,9 @@ class UniformGrid(Quantizer):
 class Uniform(UniformGrid):
     """A uniform grid over a range found once, from the weight or the calibration images, and then held.
 
-    Exact minima and maxima are kept over all batches; the other ranges are computed from a random sample of the values
-    (drawn with a fixed seed, at most 2^20 values, 2^16 of the first batch) and the two extremes. Before calibration the
+    Exact minima and maxima are kept over all batches, and for the other ranges the 32 smallest and largest values of
+    each batch. Of the rest they see a random sample (drawn with a fixed seed, at most 2^20 values, 2^16 of the first
+    batch), each value of which counts for as many as it was drawn from. A weight is seen whole. Before calibration the
     range is -1..1.
 
     Args:
@@ -125,6 +127,7 @@ class Uniform(UniformGrid):
 
     SAMPLE = 2**16
     MOST = 2**20
+    TAIL = 32
     lo: Tensor
     hi: Tensor
     step: Tensor
@@ -151,6 +154,7 @@ class Uniform(UniformGrid):
             self.register_buffer(name, torch.ones(self.shape))
         self._set_range(-torch.ones(self.shape), torch.ones(self.shape))
         self._seen: list[Tensor] = []
+        self._tails: list[Tensor] = []
         self._extremes: tuple[Tensor, Tensor] | None = None
         self._forget()
 
@@ -171,9 +175,11 @@ class Uniform(UniformGrid):
         if self._extremes is not None:
             lo, hi = torch.minimum(lo, self._extremes[0]), torch.maximum(hi, self._extremes[1])
         self._extremes = lo, hi
+        if self.range == "minmax":
+            return
         if self.site == "weight":
             self._seen = [x]
-        elif self.range != "minmax":
+        else:
             self._collect(x)
 
     @torch.no_grad()
@@ -182,36 +188,63 @@ class Uniform(UniformGrid):
         if self._extremes is None:
             return
         lo, hi = self._extremes
-        if self.range != "minmax":
-            x = torch.cat([*self._seen, lo[..., None], hi[..., None]], -1)
-            lo, hi = ranges.find(
-                self.range,
-                x,
-                bits=int(self.bits),
-                symmetric=self.symmetric,
-                restricted=self.restricted,
-                percent=self.percentile,
-            )
+        self._set_signed(self.symmetric and (self.site == "weight" or bool((lo < 0).any())))
+        x, weights = torch.stack([lo, hi], -1), None
+        if self._seen:
+            x = torch.cat([*self._seen, *self._tails])
+        if self._tails:
+            drawn = x.numel() - sum(t.numel() for t in self._tails)
+            weights = torch.ones(x.numel(), device=x.device)
+            weights[drawn:] = self._share or 1.0
+        lo, hi = ranges.find(
+            self.range,
+            x,
+            bits=int(self.bits),
+            symmetric=self.symmetric,
+            restricted=self.restricted,
+            signed=self.signed,
+            percent=self.percentile,
+            weights=weights,
+        )
         self._set_range(lo, hi)
         self._forget()
 
+    def _set_signed(self, signed: bool) -> None:
+        self.signed = signed
+        self.bounds = ranges.code_bounds(int(self.bits), self.symmetric, self.restricted, signed)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {**super().get_extra_state(), "signed": self.signed}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        super().set_extra_state(state)
+        self._set_signed(state.get("signed", self.symmetric))  # older files have none: their symmetric codes are signed
+
     def _forget(self) -> None:
         """Drop what calibration collected; none of it is state that a checkpoint must hold."""
-        self._seen, self._extremes = [], None
+        self._seen, self._tails, self._extremes = [], [], None
         self._share: float | None = None
         self._random = torch.Generator().manual_seed(0)
 
     def _collect(self, x: Tensor) -> None:
-        """Add to the sample the same share of every batch; at MOST values thin it, and the share, by half."""
+        """Keep both tails; add to the sample the same share of every batch's rest.
+
+        Beyond MOST values the sample, and the share, are halved.
+        """
         if self._share is None:
             self._share = min(1.0, self.SAMPLE / x.numel())
+        tails = torch.cat([x.topk(min(self.TAIL, (x.numel() + end) // 2), largest=bool(end)).indices for end in (0, 1)])
+        rest = torch.ones(x.numel(), dtype=torch.bool, device=x.device)
+        rest[tails] = False
+        self._tails.append(x[rest.logical_not()])
         if self._share < 1:
             count = max(1, round(self._share * x.numel()))
-            x = x[torch.randint(x.numel(), (count,), generator=self._random).to(x.device)]
-        self._seen.append(x)
+            drawn = torch.randint(x.numel(), (count,), generator=self._random).to(x.device)
+            x, rest = x[drawn], rest[drawn]
+        self._seen.append(x[rest])
         if sum(s.numel() for s in self._seen) > self.MOST:
             seen = torch.cat(self._seen)
-            keep = torch.randperm(seen.numel(), generator=self._random)[: self.MOST // 2].to(x.device)
+            keep = torch.randperm(seen.numel(), generator=self._random)[: seen.numel() // 2].to(x.device)
             self._seen, self._share = [seen[keep]], self._share / 2
 
     def _set_range(self, lo: Tensor, hi: Tensor) -> None:

@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from qbench.config.recipe import Recipe
 from qbench.errors import UserError
 from qbench.training.optim import CAPTURABLE
 
@@ -115,10 +114,11 @@ def asked(graph: bool | str, why_not: str) -> bool:
     return bool(graph) and not why_not
 
 
-def why_not(modules: Sequence[nn.Module], recipe: Recipe, gpu: bool, compile: bool = False) -> str:
+def why_not(modules: Sequence[nn.Module], optimizers: Sequence[str], gpu: bool, compile: bool = False) -> str:
     """Why the steps of a run cannot be recorded; empty where they can.
 
-    `modules`: the net and the hooks. Each module inside may say in `eager` why it has to run op by op.
+    modules: the net and the hooks, inside which each module may say in `eager` why it has to run op by op.
+    optimizers: the names of all update rules.
     """
     if not gpu:
         return "the run is not on a GPU"
@@ -126,7 +126,7 @@ def why_not(modules: Sequence[nn.Module], recipe: Recipe, gpu: bool, compile: bo
         return "its workers exchange gradients (workers)"
     if compile:
         return "the net is compiled as a whole (compile=true)"
-    if recipe.optimizer not in CAPTURABLE:
-        return f"train.optimizer={recipe.optimizer} is none of {', '.join(CAPTURABLE)}"
+    if strange := [name for name in optimizers if name not in CAPTURABLE]:
+        return f"its optimizer {strange[0]} is none of {', '.join(CAPTURABLE)}"
     inside = [m for module in modules for m in module.modules()]
     return next((f"{type(m).__name__} {m.eager}" for m in inside if getattr(m, "eager", "")), "")

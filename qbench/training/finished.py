@@ -9,17 +9,18 @@ from typing import Any
 from torch import nn
 
 from qbench import kernels
+from qbench.config.identity import parent_of
 from qbench.config.recipe import Recipe
-from qbench.config.resolve import parent_of
 from qbench.data import load
 from qbench.errors import UserError, unknown
 from qbench.quant import surgery
 from qbench.quant.layers import quantized_weights
-from qbench.records import read_config
-from qbench.training import checkpoint, device, evaluation
-from qbench.training.build import make_method, make_model, place_net, quantize
+from qbench.records import RESULT, read_config, read_result
+from qbench.training import checkpoint, device, evaluation, trainer
+from qbench.training.build import assemble, make_batches, make_method, make_model, place_net, quantize
 from qbench.training.optim import criterion
-from qbench.training.run import Run, make_batches, parent_places, prepare
+from qbench.training.run import parent_places, prepare
+from qbench.training.stages import parts
 
 
 def rebuild(folder: Path) -> nn.Module:
@@ -32,6 +33,10 @@ def rebuild(folder: Path) -> nn.Module:
 def _net(folder: Path, config: dict[str, Any], data: Any) -> nn.Module:
     model = make_model(config, data)
     quantize(config, model, make_method(config))
+    return _trained(model, folder)
+
+
+def _trained(model: nn.Module, folder: Path) -> nn.Module:
     state = checkpoint.load(folder / "model.pt")
     try:
         model.load_state_dict(state)
@@ -47,41 +52,39 @@ def evaluate(folder: Path, dataset: Mapping[str, Any] | None = None) -> tuple[di
         if key not in config["dataset"]:
             raise unknown(f"option of dataset={config['dataset']['name']}", key, config["dataset"])
         config["dataset"][key] = value
-    run = Run(config, load(config["dataset"]), folder, "", {})
-    model = _net(folder, config, run.data)
-    place = device.pick(run.config["device"])
-    device.set_threads(run.config["threads"])
-    place_net(model, place, run.config["channels_last"])
-    tests, result = make_batches(run, run.data.test, place, False), run.result() or {}
+    path = folder / RESULT
+    result = read_result(path) if path.is_file() else {}
+    net = assemble(config, load(config["dataset"]))
+    _trained(net.model, folder)
     with kernels.using(result.get("kernels", "torch")):  # other kernels round otherwise: an image may tip over
-        loss, accuracy = evaluation.evaluate(model, tests, place, run.config["train"]["precision"])
+        loss, accuracy = evaluation.evaluate(net.model, net.tests["test"], net.place, _precision(result))
     return result, loss, accuracy
+
+
+def _precision(result: Mapping[str, Any]) -> str:
+    """In what the accuracies of a result were computed: older ones as they were trained."""
+    return str(result.get("evaluated_in", result.get("precision", trainer.REPORTED)))
 
 
 def evaluate_checkpoint(config: dict[str, Any], path: Path) -> tuple[float, float]:
     """(loss, accuracy in percent) of a plain float state_dict on the test set that `config` names."""
-    run = Run(config, load(config["dataset"]), Path(), "", {})
-    place = device.pick(config["device"])
+    data, place = load(config["dataset"]), device.pick(config["device"])
     device.set_threads(config["threads"])
-    model = make_model(config, run.data)
+    model = make_model(config, data)
     for line in checkpoint.load_weights(model, path):
         print(f"  {line}")
     place_net(model, place, config["channels_last"])
-    return evaluation.evaluate(
-        model, make_batches(run, run.data.test, place, False), place, config["train"]["precision"]
-    )
+    return evaluation.evaluate(model, make_batches(config, data, data.test, place, False), place, trainer.REPORTED)
 
 
 def plan(config: dict[str, Any]) -> dict[str, Any]:
     """What a run would do: resolved configuration, manifest, steps and an estimate of its seconds; nothing is kept."""
     run = prepare(config)
     config = run.config
-    place = device.pick(config["device"])
-    device.set_threads(config["threads"])
-    model, method, recipe = make_model(config, run.data).to(place), make_method(config), Recipe(**config["train"])
-    kept = quantize(config, model, method)
-    place_net(model, place, config["channels_last"])
-    train = make_batches(run, run.data.train, place, True)
+    net = assemble(config, run.data)
+    model, place = net.model, net.place
+    recipe = Recipe(**config["train"])
+    train = make_batches(config, run.data, run.data.train, place, True)
     x, y = next(iter(train.epoch(0)))
     times = []
     for _ in range(3):
@@ -91,15 +94,15 @@ def plan(config: dict[str, Any]) -> dict[str, Any]:
         loss.backward()  # type: ignore[no-untyped-call]
         loss.item()  # waits for a GPU
         times.append(time.monotonic() - start)
-    steps, parent_steps = recipe.total_steps(len(train)), 0
+    steps, parent_steps = sum(part.steps for part in parts(net.method, recipe, len(train))), 0
     if config["init"] == "float" or config["distill"]["weight"]:
         parent = prepare(parent_of(config), run.data)
         if not any(found.result() for found in parent_places(parent)):
-            per_epoch = len(make_batches(parent, run.data.train, place, True))
+            per_epoch = len(make_batches(parent.config, run.data, run.data.train, place, True))
             parent_steps = Recipe(**config["parent"]).total_steps(per_epoch)
     return {
         "config": config,
-        "manifest": surgery.manifest(model, kept),
+        "manifest": surgery.manifest(model, net.kept),
         "folder": str(run.folder),
         "steps": steps,
         "parent_steps": parent_steps,

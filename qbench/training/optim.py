@@ -1,6 +1,8 @@
 """The optimizer and the loss that a recipe names."""
 
-from collections.abc import Sequence
+import importlib
+from collections import ChainMap
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -9,34 +11,54 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qbench.config.recipe import Recipe, optimizer_class, optimizer_fields
+from qbench.errors import UserError
+from qbench.quant.layers import QuantLayer
 from qbench.quant.method import Hook, Method
 from qbench.quant.quantizer import Quantizer
 
 
 def parameter_groups(model: nn.Module, hooks: Sequence[Hook], method: Method, recipe: Recipe) -> list[dict[str, Any]]:
-    """Optimizer groups: the run's weight decay, none for parameters of quantizers, and what the method says.
+    """Optimizer groups: the run's weight decay on what `recipe.decay` says, but for parameters of quantizers, and what
+    the method says.
+
+    Each names its optimizer, its highest rate `top_lr` and whether the schedule leaves that `constant`, and its `turn`:
+    groups of a later turn are stepped after another pass over the same batch.
 
     Errors: ValueError when a method's pattern matches no parameter.
     """
     inside = {id(p) for m in model.modules() if isinstance(m, Quantizer) for p in m.parameters()}
+    weights = [id(m.weight) for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear, QuantLayer))]
+    held = {"all": None, "weights": {*weights}, "last": {*weights[-1:]}}[recipe.decay]
     used: set[int] = set()
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[Any, ...], list[nn.Parameter]] = {}
     named = [*model.named_parameters(), *((f"hook.{n}", p) for h in hooks for n, p in h.named_parameters())]
     for name, p in named:
-        decay, scale = 0.0 if id(p) in inside else recipe.weight_decay, 1.0
+        spared = id(p) in inside or (held is not None and id(p) not in held)
+        decay, own = 0.0 if spared else recipe.weight_decay, {}
         for i, group in enumerate(method.param_groups):
             if fnmatchcase(name, group["match"]):
                 used.add(i)
+                own = group
                 asked = group.get("weight_decay", decay)
-                decay, scale = (recipe.weight_decay if asked == "same" else float(asked)), group.get("lr_scale", 1.0)
+                decay = recipe.weight_decay if asked == "same" else float(asked)
                 break
-        groups.setdefault((decay, scale), []).append(p)
+        lr = float(own["lr"]) if own.get("lr") is not None else recipe.lr * own.get("lr_scale", 1.0)
+        key = own.get("optimizer") or recipe.optimizer, int(own.get("turn", 0)), decay, lr, bool(own.get("constant"))
+        groups.setdefault(key, []).append(p)
     for i, group in enumerate(method.param_groups):
         if i not in used and not group.get("optional"):
             raise ValueError(
                 f"parameter group '{group['match']}' of {method.name} matches none of: {[n for n, _ in named]}"
             )
-    return [{"params": ps, "weight_decay": d, "lr_scale": s} for (d, s), ps in groups.items()]
+    return [
+        {"params": ps, "optimizer": o, "turn": t, "weight_decay": d, "top_lr": lr, "constant": c}
+        for (o, t, d, lr, c), ps in groups.items()
+    ]
+
+
+def optimizer_names(method: Method, recipe: Recipe) -> list[str]:
+    """The update rules of a stage: the recipe's, and those that parameter groups name."""
+    return list(dict.fromkeys([recipe.optimizer, *(g["optimizer"] for g in method.param_groups if g.get("optimizer"))]))
 
 
 # Optimizers whose step can be a part of a CUDA graph, and what they must be told for it. They read the learning rate
@@ -48,22 +70,99 @@ CAPTURABLE: dict[str, dict[str, Any]] = {
 }
 
 
+class Optimizers:
+    """The optimizers of a stage as one; most stages have a single one.
+
+    `param_groups` and `state` are those of all of them. One that draws random numbers gets the run's generator as its
+    attribute `generator`, if it has one.
+    """
+
+    def __init__(
+        self, turns: Sequence[tuple[int, torch.optim.Optimizer]], generator: torch.Generator | None = None
+    ) -> None:
+        self.members = [member for _, member in turns]
+        self.by_turn = {t: [m for own, m in turns if own == t] for t in sorted({t for t, _ in turns})}
+        self.turns = list(self.by_turn)
+        for member in self.members:
+            if hasattr(member, "generator"):
+                member.generator = generator
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for member in self.members for group in member.param_groups]
+
+    @property
+    def state(self) -> Mapping[Any, Any]:
+        return ChainMap(*(member.state for member in self.members))
+
+    def zero_grad(self) -> None:
+        for member in self.members:
+            member.zero_grad(set_to_none=True)
+
+    def step(self, turn: int = 0) -> None:
+        for member in self.by_turn[turn]:
+            member.step()
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        return [member.state_dict() for member in self.members]
+
+    def load_state(self, saved: Sequence[dict[str, Any]]) -> None:
+        """Load `state_dict()` of these optimizers, of whichever device; how they compute stays as it is.
+
+        Errors: ValueError where the groups differ.
+        """
+        for member, state in zip(self.members, saved, strict=True):
+            load_state(member, state)
+
+
+def make_optimizers(
+    groups: Sequence[dict[str, Any]],
+    recipe: Recipe,
+    device: torch.device | None = None,
+    capturable: bool = False,
+    generator: torch.Generator | None = None,
+) -> Optimizers:
+    """The optimizers that `parameter_groups` names, each with its groups."""
+    members = []
+    for turn, name in dict.fromkeys((group["turn"], group["optimizer"]) for group in groups):
+        own = [g for g in groups if (g["turn"], g["optimizer"]) == (turn, name)]
+        members.append((turn, make_optimizer(own, recipe, device, capturable, name)))
+    return Optimizers(members, generator)
+
+
 def make_optimizer(
-    groups: list[dict[str, Any]], recipe: Recipe, device: torch.device | None = None, capturable: bool = False
+    groups: list[dict[str, Any]],
+    recipe: Recipe,
+    device: torch.device | None = None,
+    capturable: bool = False,
+    name: str | None = None,
 ) -> torch.optim.Optimizer:
-    """The optimizer that the recipe names, from torch.optim or by its dotted path.
+    """The optimizer that the recipe (or `name`) names, from torch.optim or by its dotted path.
 
     On a CUDA `device` fused where torch has it. `capturable`: fit for a CUDA graph, one of `CAPTURABLE`.
     """
-    cls, options = optimizer_class(recipe.optimizer), optimizer_fields(recipe)
+    name = name or recipe.optimizer
+    cls, options = optimizer_class(name), optimizer_fields(recipe, name)
     if capturable:
-        options |= CAPTURABLE[recipe.optimizer]
+        options |= CAPTURABLE[name]
         groups = [{**group, "lr": torch.tensor(recipe.lr, device=device)} for group in groups]
-    elif device is not None and device.type == "cuda" and recipe.optimizer in CAPTURABLE:
+    elif device is not None and device.type == "cuda" and name in CAPTURABLE:
         options["fused"] = True
     optimizer: torch.optim.Optimizer = cls(groups, lr=recipe.lr, **options)
     _start_momentum(optimizer)
     return optimizer
+
+
+def imported(option: str, path: str) -> Any:
+    """What the dotted `path` that `option` names stands for.
+
+    Errors: UserError where it cannot be imported.
+    """
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"{option}={path} cannot be imported: {error}") from error
 
 
 def _start_momentum(optimizer: torch.optim.Optimizer) -> None:
@@ -97,7 +196,7 @@ def load_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
 
 
 def criterion(recipe: Recipe, logits: Tensor, labels: Tensor) -> Tensor:
-    """The recipe's loss on float32 logits, mean over the batch.
+    """The recipe's loss on float32 logits, mean over the batch; one named by its dotted path gets (logits, labels).
 
     squared_hinge: mean of max(0, 1 - t * y)^2 with targets t of -1 / +1 (arXiv 1511.00363, Sec. 3).
     """
@@ -105,4 +204,6 @@ def criterion(recipe: Recipe, logits: Tensor, labels: Tensor) -> Tensor:
         classes = torch.arange(logits.shape[1], device=labels.device)
         target = (labels.unsqueeze(1) == classes).to(logits.dtype) * 2 - 1
         return (1 - target * logits).clamp_min(0).square().mean()
+    if "." in recipe.loss:
+        return imported("train.loss", recipe.loss)(logits, labels)  # type: ignore[no-any-return]
     return F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)

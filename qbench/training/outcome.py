@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import yaml
@@ -15,9 +15,7 @@ from qbench.quant import surgery
 from qbench.records import read_metrics
 from qbench.training import checkpoint, trainer
 from qbench.training.recorder import Recorder
-
-if TYPE_CHECKING:
-    from qbench.training.run import Run
+from qbench.training.run import Run
 
 
 def weights_sha256(model: nn.Module) -> str:
@@ -29,21 +27,21 @@ def weights_sha256(model: nn.Module) -> str:
     return sha.hexdigest()
 
 
-def summary(run: "Run", model: nn.Module, outcome: trainer.Outcome) -> dict[str, Any]:
+def summary(run: Run, model: nn.Module, outcome: trainer.Outcome) -> dict[str, Any]:
     config = run.config
     result = {k: config[k] for k in ("budget", "w_bits", "a_bits", "seed", "protocol", "init")}
     result |= {k: config[k]["name"] for k in ("method", "model", "dataset")}
     result |= vars(outcome)
     result |= surgery.size(model)
     result |= {"weights_sha256": weights_sha256(model), "version": qbench.__version__, "torch": torch.__version__}
-    result |= {"precision": config["train"]["precision"], "key": run.key}
+    result |= {"precision": config["train"]["precision"], "evaluated_in": trainer.REPORTED, "key": run.key}
     if "auto" in config:
         result["auto"] = config["auto"]
     result |= {"identity": run.identity, "epochs": config["train"]["epochs"], "seconds": round(outcome.seconds, 1)}
     return result
 
 
-def write(run: "Run", model: nn.Module, kept: dict[str, str], recorder: Recorder, result: dict[str, Any]) -> None:
+def write(run: Run, model: nn.Module, kept: dict[str, str], recorder: Recorder, result: dict[str, Any]) -> None:
     """Everything a run leaves; result.json last, then the checkpoint goes."""
     folder = run.folder
     checkpoint.save(folder / "model.pt", model.state_dict())

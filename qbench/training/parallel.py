@@ -5,6 +5,7 @@ import os
 import signal
 import tempfile
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,17 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from qbench.errors import UserError
+from qbench.screen import Screen
 from qbench.training import device
-from qbench.training.interrupt import SIGNALS, handling
+from qbench.training.interrupt import SIGNALS, Interrupted, handling
+from qbench.training.run import Run, prepare
 
 LOST = "lost another worker"
+Perform = Callable[[Run, Screen], dict[str, Any]]  # of a module, as the processes import it
 
 
-def in_workers(config: dict[str, Any], workers: int) -> dict[str, Any]:
-    """Execute `config` in `workers` processes that average their gradients; returns the result.
+def in_workers(config: dict[str, Any], workers: int, perform: Perform) -> dict[str, Any]:
+    """Let `perform` do the run of `config` in `workers` processes that average their gradients; returns the result.
 
     Each gets its share of every batch and of the CPU threads, or a GPU of its own. Backend: nccl where every worker has
     a GPU, else gloo.
@@ -30,16 +34,13 @@ def in_workers(config: dict[str, Any], workers: int) -> dict[str, Any]:
     """
     if config["train"]["batch_size"] % workers or config["parent"]["batch_size"] % workers:
         raise UserError(f"workers={workers} must divide the batch size ({config['train']['batch_size']})")
-    from qbench.training.run import prepare
-
-    prepare(config)  # decode and check the data once, before the workers want them
     threads = config["threads"] or max(1, device.set_threads(None) // workers)
     with tempfile.TemporaryDirectory(prefix="qbench-workers-") as folder:
         ended = ""
         try:
             context = mp.start_processes(  # type: ignore[attr-defined]
                 _work,
-                args=(workers, {**config, "threads": threads}, folder),
+                args=(workers, {**config, "threads": threads}, folder, perform),
                 nprocs=workers,
                 start_method="spawn",
                 join=False,
@@ -64,17 +65,11 @@ def in_workers(config: dict[str, Any], workers: int) -> dict[str, Any]:
     if note is None:
         raise UserError(f"a worker ended ({ended}). The same command goes on from the last checkpoint.")
     if note["kind"] == "Interrupted":
-        from qbench.training.interrupt import Interrupted
-
         raise Interrupted(note["error"])
     raise UserError(note["error"]) if note["kind"] == "UserError" else RuntimeError(note["error"])
 
 
-def _work(rank: int, workers: int, config: dict[str, Any], folder: str) -> None:
-    from qbench.screen import Screen
-    from qbench.training.interrupt import Interrupted
-    from qbench.training.run import _execute, prepare
-
+def _work(rank: int, workers: int, config: dict[str, Any], folder: str, perform: Perform) -> None:
     nccl = torch.cuda.device_count() >= workers and config["device"] != "cpu"
     if nccl:
         torch.cuda.set_device(rank)
@@ -82,7 +77,7 @@ def _work(rank: int, workers: int, config: dict[str, Any], folder: str) -> None:
     dist.init_process_group("nccl" if nccl else "gloo", init_method=store, rank=rank, world_size=workers)
     note: dict[str, Any]
     try:
-        note = {"result": _execute(prepare(config), Screen(quiet=rank > 0))}
+        note = {"result": perform(prepare(config), Screen(quiet=rank > 0))}
     except (UserError, Interrupted) as error:
         note = {"kind": type(error).__name__, "error": str(error)}
     except Exception as error:

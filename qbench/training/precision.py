@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from qbench import files
-from qbench.config.resolve import digest
+from qbench.config.identity import digest
 from qbench.data.cache import cache_folder, locked
 from qbench.errors import UserError
 from qbench.training import device

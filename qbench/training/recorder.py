@@ -25,18 +25,29 @@ class Recorder:
     """Appends records to `folder`/metrics.jsonl, one JSON object a line, each flushed as it is written.
 
     Without `resume_step` the run starts anew and what an earlier one recorded is dropped; with it, records up to and
-    including that step stay and later ones are dropped, in TensorBoard too, so that every step stands there once.
+    including that step, and of these the first `resume_records`, stay and later ones are dropped, in TensorBoard too,
+    so that everything stands there once. `count` is the number of records so far.
 
     Numbers are rounded to six significant digits; NaN and infinity become null.
 
     Errors: UserError when the folder cannot be written or metrics.jsonl is damaged.
     """
 
-    def __init__(self, folder: Path, *, resume_step: int | None = None, tensorboard: bool = True) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        resume_step: int | None = None,
+        resume_records: int | None = None,
+        tensorboard: bool = True,
+    ) -> None:
         self.folder = Path(folder)
         self.tensorboard = tensorboard
+        self.stage: str | None = None  # the stage that scalars belong to, where a method has several
         last = -1 if resume_step is None else resume_step
         kept = [] if resume_step is None else [r for r in read_metrics(self.folder) if r["step"] <= last]
+        kept = kept[:resume_records]
+        self.count = len(kept)
         path = atomic_write(self.folder / METRICS, "".join(map(_line, kept)))
         self._file: IO[str] = path.open("a")
         self._purge_step = last + 1
@@ -44,8 +55,20 @@ class Recorder:
 
     def scalars(self, step: int, epoch: float, phase: str = "train", **values: float | Tensor | None) -> None:
         """Records {"step", "epoch", "phase", name: value, ...}; in TensorBoard each is `name/phase`."""
-        record = self._append({"step": step, "epoch": epoch, "phase": phase, **values})
+        stage = {} if self.stage is None else {"stage": self.stage}
+        record = self._append({"step": step, "epoch": epoch, "phase": phase, **stage, **values})
         self._mirror(((f"{name}/{phase}", record[name]) for name in values), step)
+
+    def unit(self, step: int, epoch: float, number: int, name: str, values: Mapping[str, float]) -> None:
+        """Records {"step", "epoch", "unit": {"stage", "number", "name", "values"}}: what an acting stage has done."""
+        self._append(
+            {
+                "step": step,
+                "epoch": epoch,
+                "unit": {"stage": self.stage, "number": number, "name": name, "values": values},
+            }
+        )
+        self._mirror(((f"{name}/{self.stage}", value) for name, value in values.items()), number)
 
     def trace(self, step: int, epoch: float, values: Mapping[str, float | Tensor]) -> None:
         """Records {"step", "epoch", "traces": {name: value}}: scales of quantizers; in TensorBoard `trace/name`.
@@ -100,6 +123,7 @@ class Recorder:
             raise UserError(f"cannot write {self.folder / METRICS}: {error.strerror}.") from error
         if gone:
             raise UserError(f"{self.folder / METRICS} was removed while the run was at work")
+        self.count += 1
         return record
 
     def _mirror(self, values: Iterable[tuple[str, float | None]], step: int) -> None:

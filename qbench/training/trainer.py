@@ -15,17 +15,26 @@ from qbench import kernels
 from qbench.config.recipe import Recipe
 from qbench.errors import UserError
 from qbench.quant.layers import quantized_weights
-from qbench.quant.method import Hook, Method, State
+from qbench.quant.method import Hook, Method, StageState, State
 from qbench.quant.quantizer import Quantizer
 from qbench.screen import Screen
 from qbench.training import captured, checkpoint
 from qbench.training.evaluation import Batches, autocast, evaluate, rank, world
 from qbench.training.interrupt import Interrupted, Stop
-from qbench.training.optim import criterion, load_state, make_optimizer, parameter_groups, set_lr
+from qbench.training.optim import (
+    Optimizers,
+    criterion,
+    make_optimizers,
+    optimizer_names,
+    parameter_groups,
+    set_lr,
+)
 from qbench.training.recorder import Recorder
+from qbench.training.stages import Part, parts, switch
 from qbench.training.telemetry import Telemetry
 
 LOGS_PER_EPOCH = 10
+REPORTED = "fp32"  # accuracies are those of the net as `qbench.load` gives it, whatever it was trained in
 
 
 @dataclass
@@ -42,7 +51,7 @@ class Outcome:
 
 
 class Trainer:
-    """Trains one net by one recipe, from a checkpoint where there is one.
+    """Trains one net stage by stage, from a checkpoint where there is one.
 
     Everything that decides the next step is a pure function of the step number or is in the checkpoint, so that a run
     cut off anywhere ends with the same weights as one that was not.
@@ -50,6 +59,9 @@ class Trainer:
     On a GPU the computing of a step becomes a CUDA graph (`graph`: auto, True or False; `graphs` is what records it, by
     default torch's). `eager` says why it does not; empty where it does.
     """
+
+    optimizer: Optimizers
+    recipe: Recipe  # of the present stage
 
     def __init__(
         self,
@@ -66,55 +78,75 @@ class Trainer:
         screen: Screen,
         hooks: Sequence[Hook] = (),
         teacher: nn.Module | None = None,
+        calibration: Batches | None = None,
         compile: bool = False,
         graph: bool | str = "auto",
         graphs: captured.Graphs | None = None,
         checkpoint_seconds: float = 60,
         phase: str = "train",
     ) -> None:
-        self.model, self.method, self.recipe = model, method, recipe
+        self.model, self.method = model, method
         self.train_batches, self.tests = train, tests
         self.folder, self.recorder, self.device, self.screen = folder, recorder, device, screen
         self.hooks = nn.ModuleList([*method.hooks, *hooks]).to(device)
+        self.labels_weight = math.prod(h.labels_weight for h in self.own_hooks())
         self.net = torch.compile(model) if compile else kernels.fuse(model)
         self.compile, self.checkpoint_seconds, self.phase = compile, checkpoint_seconds, phase
         self.steps_per_epoch = len(train)
-        self.total = recipe.total_steps(self.steps_per_epoch)
+        self.parts = parts(method, recipe, self.steps_per_epoch)
+        self.total = sum(part.steps for part in self.parts)
+        self.idle = not self.total and len(self.parts) == 1 and self.parts[0].stage.act is None
+        first = self.parts[0].recipe
         self.state = State(
             model=model,
             generator=generator,
             steps=self.total,
             teacher=teacher,
-            warmup=self._share(recipe.warmup),
-            lr_drops=tuple(map(self._share, recipe.milestones)) if recipe.schedule == "step" else (),
+            calibration=calibration,
+            warmup=self._share(first.warmup),
+            lr_drops=tuple(map(self._share, first.milestones)) if first.schedule == "step" else (),
         )
         self.quantizers = [m for part in (model, self.hooks) for m in part.modules() if isinstance(m, Quantizer)]
         for q in self.quantizers:
             q.generator = generator
         self.outcome, self.telemetry = Outcome(), Telemetry()
         gpu = device.type == "cuda" or graphs is not None
-        self.eager = captured.why_not((model, self.hooks), recipe, gpu, compile)
-        recorded = captured.asked(graph, self.eager)
-        groups = parameter_groups(model, self.own_hooks(), method, recipe)
-        self.optimizer = make_optimizer(groups, recipe, device, capturable=recorded)
-        self.state.optimizer = self.optimizer
+        names = [n for part in self.parts for n in optimizer_names(method, part.recipe)]
+        self.eager = captured.why_not((model, self.hooks), names, gpu, compile)
         self.captured: captured.Captured | None = None
-        if recorded:
-            self.captured = captured.Captured(self._compute, graphs or captured.CudaGraphs(device, generator))
-        self.graph = graph
+        self.graph, self.graphs = graph, graphs
         self.losses: list[Tensor] = []
         self.correct = torch.zeros((), device=device)
         self.seen = 0
         self.started = self.saved = time.monotonic()
         self.last_saved_step: int | None = None
         self.stop = Stop()
+        self._enter(0)
 
     def _share(self, epochs: float) -> float:
-        """Epochs as a share of this phase, on a whole step."""
+        """Epochs as a share of the training, on a whole step."""
         return round(epochs * self.steps_per_epoch) / max(1, self.total)
 
     def own_hooks(self) -> list[Hook]:
         return [h for h in self.hooks if isinstance(h, Hook)]
+
+    def _enter(self, index: int, step: int = 0) -> None:
+        """Make the present stage the one of this index: its recipe, and an optimizer of its own."""
+        part = self.parts[index]
+        self.recipe, state = part.recipe, self.state
+        state.stage = StageState(part.stage.name, index, step, part.steps, part.stage.value)
+        for q in self.quantizers:
+            q.pieces = (self.recipe.accumulate, world())
+        recorded = captured.asked(self.graph, self.eager)
+        groups = parameter_groups(self.model, self.own_hooks(), self.method, self.recipe)
+        self.optimizer = make_optimizers(groups, self.recipe, self.device, recorded, state.generator)
+        state.optimizer = self.optimizer
+        self.captured = None
+        if recorded:
+            graphs = self.graphs or captured.CudaGraphs(self.device, state.generator)
+            self.captured = captured.Captured(self._compute, graphs)
+        if self.recorder is not None:
+            self.recorder.stage = part.stage.name if self.method.stages else None
 
     @property
     def checkpoint_path(self) -> Path:
@@ -139,6 +171,8 @@ class Trainer:
                 self.checkpoint_path,
                 {
                     "step": self.state.step,
+                    "stage": [self.state.stage.index, self.state.stage.step],
+                    "records": None if self.recorder is None else self.recorder.count,
                     "model": self.model.state_dict(),
                     "hooks": self.hooks.state_dict(),
                     "optimizer": self.optimizer.state_dict(),
@@ -158,11 +192,14 @@ class Trainer:
         try:
             self.model.load_state_dict(content["model"])
             self.hooks.load_state_dict(content["hooks"])
-            load_state(self.optimizer, content["optimizer"])
+            index, step = content["stage"]
+            self._enter(index, step)
+            self.optimizer.load_state(content["optimizer"])
             mine = content["randoms"][rank()]
-        except (KeyError, RuntimeError, ValueError, IndexError) as error:
+        except (KeyError, RuntimeError, ValueError, IndexError, TypeError) as error:
             raise UserError(f"{self.checkpoint_path} does not belong to this run: {error}") from error
         self.state.step = self.last_saved_step = content["step"]
+        self.state.epoch = self.state.step / self.steps_per_epoch
         checkpoint.set_random_state(mine["global"])
         self.state.generator.set_state(mine["own"])
         self.outcome = Outcome(**content["outcome"])
@@ -173,53 +210,101 @@ class Trainer:
         return True
 
     def train(self) -> Outcome:
-        """Run the phase to its end; returns what it came to."""
-        if self.state.step == 0:
-            self._before_train()
+        """Run all stages to their end; returns what they came to."""
+        if self.last_saved_step is None:
+            self.begin()
         self.started = time.monotonic()
-        spe = self.steps_per_epoch
-        every = max(1, round(self.recipe.evaluate_every * spe))
-        with self.screen.phase(self.phase, self.total, self.state.step) as view, self.stop:
-            while self.state.step < self.total:
-                epoch, start = divmod(self.state.step, spe)
-                for x, y in self.train_batches.epoch(epoch, start):
-                    self._step(x, y)
-                    step = self.state.step
-                    if step % max(1, spe // LOGS_PER_EPOCH) == 0 or step == self.total:
-                        note = self._log()
-                        view.advance(step, note)
-                    if step % every == 0 or step == self.total:
-                        self._evaluate(view)
-                    if self._asked_to_stop():
-                        self._interrupt()
-                    if time.monotonic() - self.saved > self.checkpoint_seconds and world() == 1:
-                        self._save_finite()
-                    if step >= self.total:
-                        break
-                if world() > 1:
-                    self._save_finite()
+        with self.stop:
+            while True:
+                part = self.parts[self.state.stage.index]
+                if part.stage.act is None:
+                    self._train(part)
+                else:
+                    self._act(part)
+                if part is self.parts[-1]:
+                    break
+                self._enter(self.state.stage.index + 1)
+                self._begin()
+                self._save_finite()
         for hook in self.own_hooks():
             hook.after_train(self.state)
         self.outcome.seconds += time.monotonic() - self.started
         self.started = time.monotonic()
         return self.outcome
 
-    def _before_train(self) -> None:
+    def begin(self) -> None:
+        """What happens before the first step."""
+        self._begin()
         for hook in self.own_hooks():
             hook.before_train(self.state)
         self.take_stock()
 
+    def _begin(self) -> None:
+        """What happens once at the begin of a stage."""
+        if self.method.stages:
+            switch(self.model, self.parts[self.state.stage.index].stage.quantize)
+        for hook in self.own_hooks():
+            hook.before_stage(self.state)
+
+    def _train(self, part: Part) -> None:
+        spe, state = self.steps_per_epoch, self.state
+        every = max(1, round(self.recipe.evaluate_every * spe))
+        name = f"{self.phase}, {part.stage.name}" if self.method.stages else self.phase
+        if not part.steps and part is self.parts[-1]:
+            with self.screen.phase(name, 0) as view:
+                self._evaluate(view)
+        with self.screen.phase(name, part.steps, state.stage.step) as view:
+            while state.stage.step < part.steps:
+                epoch, start = divmod(state.step, spe)
+                for x, y in self.train_batches.epoch(epoch, start):
+                    self._step(x, y)
+                    step, last = state.stage.step, state.stage.step == part.steps
+                    if state.step % max(1, spe // LOGS_PER_EPOCH) == 0 or last:
+                        note = self._log()
+                        view.advance(step, note)
+                    if step % every == 0 or last:
+                        self._evaluate(view)
+                    self._keep(view)
+                    if last:
+                        break
+                if world() > 1:
+                    self._save_finite()
+
+    def _act(self, part: Part) -> None:
+        """Let the stage act, unit by unit; each is recorded and saved, so that a resumed run begins behind it."""
+        state = self.state
+        assert part.stage.act is not None
+        with self.screen.phase(f"{self.phase}, {part.stage.name}", 0) as view:
+            for done in part.stage.act(state):
+                state.stage.step += 1
+                state.stage.steps = done.total
+                told = "  ".join(f"{k} {v:.4g}" for k, v in done.values.items())
+                self.screen.line(f"  {state.stage.step} of {done.total}  {done.name}  {told}".rstrip())
+                if self.recorder is not None:
+                    self.recorder.unit(state.step, state.epoch, state.stage.step, done.name, done.values)
+                self.save()
+                self._keep(view)
+            self._evaluate(view)
+
+    def _keep(self, view: Any) -> None:
+        """Stop where it was asked for, and save what is due."""
+        if self._asked_to_stop():
+            self._interrupt()
+        if time.monotonic() - self.saved > self.checkpoint_seconds and world() == 1:
+            self._save_finite()
+
     def _step(self, x: Tensor, y: Tensor) -> None:
         state, recipe = self.state, self.recipe
-        state.lr_scale = recipe.lr_factor(state.step, self.total, self.steps_per_epoch)
+        state.lr_scale = recipe.lr_factor(state.stage.step, state.stage.steps, self.steps_per_epoch)
         for group in self.optimizer.param_groups:
-            set_lr(group, recipe.lr * state.lr_scale * group["lr_scale"])
+            set_lr(group, group["top_lr"] * (1.0 if group["constant"] else state.lr_scale))
         if not self.model.training:  # after an evaluation; to say it to every module takes a third of a millisecond
             self.model.train()
         for hook in self.own_hooks():
             hook.before_step(state)
         loss = self._compute(x, y) if self.captured is None else self._replay(self.captured, x, y)
         state.step += 1
+        state.stage.step += 1
         state.epoch = state.step / self.steps_per_epoch
         for hook in self.own_hooks():
             hook.after_step(state)
@@ -227,20 +312,32 @@ class Trainer:
         self.seen += len(y)
 
     def _compute(self, x: Tensor, y: Tensor) -> Tensor:
-        """From the batch to the stepped weights; the loss. All that a CUDA graph holds of a step."""
+        """From the batch to the stepped weights; the loss. All that a CUDA graph holds of a step.
+
+        Where parameter groups take turns, each turn has a pass over the batch and a loss of its own.
+        """
+        total = torch.zeros((), device=self.device)
+        for turn in self.optimizer.turns:
+            total = self._turn(x, y, turn)
+        return total
+
+    def _turn(self, x: Tensor, y: Tensor, turn: int) -> Tensor:
         state, recipe = self.state, self.recipe
-        self.optimizer.zero_grad(set_to_none=True)
-        state.logits = state.labels_loss = None  # their graph goes, and the stream that gathers gradients
+        self.optimizer.zero_grad()
+        state.logits = None  # its graph goes, and the stream that gathers gradients
         total = torch.zeros((), device=self.device)
         for state.inputs, state.labels in zip(x.chunk(recipe.accumulate), y.chunk(recipe.accumulate), strict=True):
             share = len(state.labels) / len(y)
             total += share * self._forward_backward(share)
+            if turn == self.optimizer.turns[-1]:
+                assert state.logits is not None
+                self.correct += (state.logits.argmax(1) == state.labels).sum()
         for hook in self.own_hooks():
             hook.after_backward(state)
         self._exchange()
         if recipe.clip_grad:
-            nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip_grad)
-        self.optimizer.step()
+            nn.utils.clip_grad_norm_([*self.model.parameters(), *self.hooks.parameters()], recipe.clip_grad)
+        self.optimizer.step(turn)
         return total
 
     def _replay(self, step: captured.Captured, x: Tensor, y: Tensor) -> Tensor:
@@ -270,12 +367,11 @@ class Trainer:
                 with quantized_weights(self.model):
                     state.logits = self.net(state.inputs)
         assert state.logits is not None
-        loss = state.labels_loss = criterion(self.recipe, state.logits.float(), state.labels)
+        loss = criterion(self.recipe, state.logits.float(), state.labels) * self.labels_weight
         for hook in self.own_hooks():
             extra = hook.loss(state)
             loss = loss if extra is None else loss + extra
         (loss * share).backward()  # type: ignore[no-untyped-call]
-        self.correct += (state.logits.argmax(1) == state.labels).sum()
         return loss.detach()
 
     def _exchange(self) -> None:
@@ -345,20 +441,34 @@ class Trainer:
                 dist.broadcast(b, 0)
         scores: dict[str, float] = {}
         for name, batches in self.tests.items():
-            loss, scores[name] = evaluate(self.model, batches, self.device, self.recipe.precision)
+            loss, scores[name] = self._scored(self.model, batches, name)
             if self.recorder is not None:
                 self.recorder.scalars(state.step, state.epoch, phase=name, loss=loss, accuracy=scores[name])
         for hook in self.own_hooks():
             for name, net in hook.eval_models(state).items():
-                out.extra[name] = evaluate(net, self.tests["test"], self.device, self.recipe.precision)[1]
+                out.extra[name] = self._scored(net, self.tests["test"], name)[1]
         test = scores["test"]
         out.accuracy_last = test
-        if out.accuracy_best is None or test > out.accuracy_best:
+        whole = all(q.enabled for q in self.quantizers)  # else it is another net than the one that is left
+        if whole and (out.accuracy_best is None or test > out.accuracy_best):
             out.accuracy_best, out.epoch_best = test, state.epoch
-        if "val" in scores and (out.val_best is None or scores["val"] > out.val_best):
+        if whole and "val" in scores and (out.val_best is None or scores["val"] > out.val_best):
             out.val_best, out.accuracy_at_best_val = scores["val"], test
         self.take_stock()
         view.report(state.step, f"epoch {state.epoch:.4g}  test accuracy {test:.2f} %")
+
+    def _scored(self, net: nn.Module, batches: Batches, name: str) -> tuple[float, float]:
+        """(loss, accuracy in percent) in the precision in which the net will be used.
+
+        Errors: UserError where the loss is not finite.
+        """
+        loss, accuracy = evaluate(net, batches, self.device, REPORTED)
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the {name} loss of method={self.method.name} is {loss} after step {self.state.step} of {self.total}: "
+                "the net is no longer finite. Try a lower train.lr, train.clip_grad=1, or train.precision=fp32."
+            )
+        return loss, accuracy
 
     def take_stock(self) -> None:
         """Record histograms and telemetry of every quantized layer."""
@@ -373,9 +483,15 @@ class Trainer:
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag)
 
+    def where(self) -> str:
+        """How far the training is, in words."""
+        stage = self.state.stage
+        if self.parts[stage.index].stage.act is not None:
+            return f"in stage {stage.name}, {stage.step} of {stage.steps} done"
+        return f"at step {self.state.step} of {self.total}" + (f", stage {stage.name}" if self.method.stages else "")
+
     def _interrupt(self) -> None:
         self._save_finite()
         raise Interrupted(
-            f"stopped at step {self.state.step} of {self.total}; everything is saved in {self.folder}. "
-            "The same command goes on from there."
+            f"stopped {self.where()}; everything is saved in {self.folder}. The same command goes on from there."
         )

@@ -51,7 +51,7 @@ def test_the_operators_are_declared_where_the_import_fails_for_them(tmp_path: Pa
     ("source", "shown"),
     [
         ("raise RuntimeError('something else')", "RuntimeError: something else"),
-        ("raise ModuleNotFoundError('no torchvision')", "UserError: this data set needs torchvision (no torchvision)"),
+        ("raise ModuleNotFoundError('no torchvision')", "UserError: torchvision is needed here (no torchvision)"),
         ("raise RuntimeError('operator torchvision::nms is odd')", "RuntimeError: operator torchvision::nms is odd"),
     ],
 )

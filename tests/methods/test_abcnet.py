@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.nn import functional as F
+from yamls import method_of
 
 from qbench.methods.abcnet import BinaryActivations, BinaryBases, spread
 from qbench.models.resnet import ResNetCIFAR
@@ -20,7 +20,7 @@ def abcnet(w_bits: int = 3, a_bits: int = 3, **options: object) -> Method:
     assert isinstance(conf, DictConfig)
     conf.w_bits, conf.a_bits = w_bits, a_bits
     conf.options.update(options)
-    return instantiate(conf.method, _convert_="all")  # type: ignore[no-any-return]
+    return method_of(conf)
 
 
 def bases(m: int, **options: object) -> BinaryBases:

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
+from yamls import method_of
 
 from qbench.methods.bethge import SignWeight
 from qbench.models.resnet import ResNetCIFAR
@@ -19,7 +19,7 @@ def bethge(**options: object) -> Method:
     assert isinstance(conf, DictConfig)
     conf.w_bits = conf.a_bits = 1
     conf.options.update(options)
-    return instantiate(conf.method, _convert_="all")  # type: ignore[no-any-return]
+    return method_of(conf)
 
 
 def test_signs_without_scale_and_a_wide_window() -> None:

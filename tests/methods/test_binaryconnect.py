@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from hydra.utils import instantiate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.nn import functional as F
+from yamls import method_of
 
 from qbench.config.recipe import OPTIMIZERS, Recipe
 from qbench.methods.binaryconnect import BinaryConnect, Latents, OutputNorm, glorot
@@ -57,7 +57,8 @@ def test_the_draws_follow_the_generator_and_change_from_batch_to_batch() -> None
 @pytest.mark.parametrize("stochastic", [False, True])
 def test_evaluation_is_with_binary_or_with_real_weights(stochastic: bool) -> None:
     w = torch.tensor([[-0.5, 0.25, 0.0]])
-    binary, real = make(stochastic=stochastic).eval(), make(stochastic=stochastic, evaluate="real").eval()
+    binary, real = (make(stochastic=stochastic, evaluate=e).eval() for e in ("binary", "real"))
+    assert make(stochastic=stochastic).evaluate == ("real" if stochastic else "binary")
     assert binary(w).tolist() == [[-1, 1, 1]]
     assert real(w).tolist() == w.tolist()
     assert (binary.stored_bits(w), real.stored_bits(w)) == ((3.0, 0.0), (96.0, 0.0))
@@ -162,15 +163,15 @@ def test_errors(call, message: str) -> None:
 def test_yaml_trains_with_every_optimizer(optimizer: str, stochastic: bool) -> None:
     conf = OmegaConf.load("conf/method/binaryconnect.yaml")
     conf.w_bits, conf.a_bits, conf.options.stochastic = 1, 32, stochastic
-    method = instantiate(conf.method, _convert_="all")
+    method = method_of(conf)
     torch.manual_seed(0)
     net = Tiny(channels=3, classes=10, size=8)
     surgery.quantize(net, method.rules)
     quantized = {name for name, layer in layers.quant_layers(net) if layer.weight_quantizer is not None}
     assert quantized == {"conv1", "conv2", "fc"}  # first and last too
-    assert surgery.size(net)["bits_per_weight"] == 1
+    assert surgery.size(net)["bits_per_weight"] == (32 if stochastic else 1)  # evaluated with real weights
     recipe = Recipe(steps=2, optimizer=optimizer, lr=1e-3, loss="squared_hinge")
-    trained = optim.make_optimizer(optim.parameter_groups(net, [], method, recipe), recipe)
+    trained = optim.make_optimizers(optim.parameter_groups(net, [], method, recipe), recipe)
     state = State(net, torch.Generator(), optimizer=trained)
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
     x, y = torch.randn(8, 3, 8, 8), torch.arange(8)

@@ -4,15 +4,15 @@ import math
 
 import pytest
 import torch
-from hydra.utils import instantiate
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
+from yamls import method_of
 
-from qbench.methods.shared.binary import SLOPES, AnnealSlope, BinarizeWeightsAfter, BinaryWeight, HardTanh, Sign, Slope
+from qbench.methods.shared.binary import SLOPES, AnnealSlope, BinaryWeight, HardTanh, Sign, Slope
 from qbench.models.resnet import ResNetCIFAR
-from qbench.quant import layers, ops, surgery
+from qbench.quant import ops, surgery
 from qbench.quant.method import Method, State
 
 X = torch.tensor([-1.5, -1.0, -0.75, -0.25, 0.0, 0.5, 1.0, 2.0])
@@ -32,7 +32,7 @@ def bireal(**options: object) -> Method:
     assert isinstance(conf, DictConfig)
     conf.w_bits = conf.a_bits = 1
     conf.options.update(options)
-    return instantiate(conf.method, _convert_="all")  # type: ignore[no-any-return]
+    return method_of(conf)
 
 
 def test_polynomial_gradient() -> None:
@@ -117,29 +117,13 @@ def test_annealing_is_a_function_of_the_step() -> None:
         assert int(net[1].terms) == terms  # type: ignore[call-overload]
 
 
-def test_two_step_training_switches_the_weights_and_restarts() -> None:
-    layer = layers.QuantLayer(nn.Linear(3, 2))
-    layer.set_weight_quantizer(BinaryWeight(layer, "weight"))
-    optimizer = torch.optim.Adam(layer.parameters(), 1.0, weight_decay=0.5)
-    hook = BinarizeWeightsAfter(0.5, restart=True)
-    state = State(layer, torch.Generator(), steps=4, optimizer=optimizer)
-    rates, recorded, decays, moments = [], [], [], []
-    for state.step in range(4):
-        state.lr_scale = 1 - state.step / 4
-        optimizer.param_groups[0]["lr"] = 2 * state.lr_scale
-        hook.before_step(state)
-        assert (len(layer.quantized_weight().abs().unique()) > 2) == (state.step < 2)
-        moments.append(len(optimizer.state))
-        rates.append(optimizer.param_groups[0]["lr"])
-        recorded.append(2 * state.lr_scale)
-        decays.append(optimizer.param_groups[0]["weight_decay"])
-        optimizer.zero_grad()
-        layer(torch.ones(1, 3)).sum().backward()
-        optimizer.step()
-    assert rates == pytest.approx([2, 1, 2, 1])
-    assert recorded == pytest.approx(rates)
-    assert decays == [0.5, 0.5, 0, 0]
-    assert moments == [0, 2, 0, 2]
+def test_three_stages() -> None:
+    """Real weights and clip, then binary inputs, then both (Sec. 3.3)."""
+    assert [(s.name, s.share, [*s.quantize]) for s in bireal().stages] == [
+        ("clip", 0.25, []),
+        ("binary inputs", 0.25, ["input"]),
+        ("binary", None, ["weight", "input", "output", "error"]),
+    ]
 
 
 def test_errors() -> None:
@@ -148,8 +132,6 @@ def test_errors() -> None:
         Sign(layer, "input", gradient="ste")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="above 0, got clip=0"):
         Slope("clipped", clip=0)
-    with pytest.raises(ValueError, match="at least 0 and below 1, got 1"):
-        BinarizeWeightsAfter(1)
     with pytest.raises(ValueError, match="t must be two numbers"):
         AnnealSlope(t=[0, 1])
     with pytest.raises(ValueError, match="terms must be two whole"):
@@ -163,8 +145,4 @@ def test_yaml_on_a_resnet_trains(still_after_training) -> None:
     kept = surgery.quantize(net, method.rules)
     assert {k for k in kept if "shortcut" in k} == {"layer2.0.shortcut.0", "layer3.0.shortcut.0"}
     assert not [n for n, m in net.named_modules() if isinstance(m, nn.ReLU)]
-
-    def look(state: State) -> None:
-        assert net.layer1[0].conv1.input_quantizer.enabled == (state.step >= 2)
-
-    assert not still_after_training(net, method, torch.optim.Adam(net.parameters(), 1e-3), steps=4, look=look)
+    assert not still_after_training(net, method, torch.optim.Adam(net.parameters(), 1e-3), steps=4)

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import nn
+from yamls import method_of
 
 from qbench.config.recipe import Recipe
 from qbench.methods.binaryconnect import BinaryConnect, OutputNorm
@@ -97,7 +97,7 @@ def _method(**options: object) -> Method:
     conf = OmegaConf.load("conf/method/bnn.yaml")
     conf.w_bits, conf.a_bits = 1, 1
     conf.options.update(options)
-    return instantiate(conf.method, _convert_="all")  # type: ignore[no-any-return]
+    return method_of(conf)
 
 
 def _vgg() -> nn.Module:
@@ -145,7 +145,7 @@ def test_two_steps(net, clip: bool, shift: bool) -> None:
     assert {isinstance(m, ShiftBatchNorm) for m in norms} == {shift}
     named = "qbench.methods.bnn.ShiftAdaMax" if shift else "adam"
     recipe = Recipe(steps=2, optimizer=named, lr=1e-2, loss="squared_hinge")
-    optimizer = optim.make_optimizer(optim.parameter_groups(model, [], method, recipe), recipe)
+    optimizer = optim.make_optimizers(optim.parameter_groups(model, [], method, recipe), recipe)
     state = State(model, torch.Generator())
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     x, y = torch.randn(16, 1 if net is _mlp else 3, 8, 8), torch.arange(16) % 10

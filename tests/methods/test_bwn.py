@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from hydra.utils import instantiate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from torch import Tensor, nn
+from yamls import method_of
 
 from qbench.methods.shared.binary import BinaryWeight, Sign
 from qbench.models.resnet import ResNetCIFAR
@@ -90,7 +90,7 @@ def test_errors() -> None:
 def test_yaml_on_a_resnet_trains(still_after_training) -> None:
     conf = OmegaConf.load("conf/method/bwn.yaml")
     conf.w_bits, conf.a_bits, conf.options.first = 1, 32, 1
-    method = instantiate(conf.method, _convert_="all")
+    method = method_of(conf)
     torch.manual_seed(0)
     net = ResNetCIFAR(depth=8, channels=3, classes=10, size=8, shortcut="B")
     kept = surgery.quantize(net, method.rules)

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
+from yamls import method_of
 
 from qbench.methods.fda_bnn import Fade, FourierInput, FourierSign, FourierWeight, Noise, PReLU
 from qbench.models.resnet import ResNetCIFAR
@@ -19,7 +19,7 @@ def fda_bnn(**options: object) -> Method:
     assert isinstance(conf, DictConfig)
     conf.w_bits = conf.a_bits = 1
     conf.options.update(options)
-    return instantiate(conf.method, _convert_="all")  # type: ignore[no-any-return]
+    return method_of(conf)
 
 
 def test_sine_module_by_hand() -> None:

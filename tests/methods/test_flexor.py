@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.nn import functional as F
+from yamls import method_of
 
 from qbench.config.recipe import Recipe
 from qbench.methods.flexor import FleXOR, Sharpness, decode, wiring_tensor
@@ -127,16 +127,48 @@ def test_wiring(n_in: int, matrix: str, n_tap: int | None) -> None:
         assert facts["duplicate_rows"] == [0, 0]
     if matrix == "covering":
         assert facts["unused_inputs"] == [0, 0]
+        assert n_tap != 2 or min(facts["rank"]) >= {8: 7, 12: 10, 16: 13, 20: 15}[n_in]
     assert xor_spec.wiring(spec, 0) != xor_spec.wiring(spec, 1)
     assert xor_spec.wiring(spec, 0) == xor_spec.wiring.__wrapped__(spec, 0)
 
 
 def test_wiring_is_pinned() -> None:
     """A stored net is read with the wiring of its seed: the drawing must never change."""
-    assert xor_spec.wiring(XorSpec(16), 0)[:4] == PINNED
+    for matrix, rows in PINNED.items():
+        assert xor_spec.wiring(XorSpec(16, matrix=matrix), 0)[:4] == rows
 
 
-PINNED = ((3, 15), (4, 9), (3, 8), (4, 8))
+PINNED = {"random": ((3, 15), (4, 9), (3, 8), (4, 8)), "covering": ((3, 15), (7, 12), (2, 5), (8, 11))}
+
+
+@pytest.mark.parametrize(
+    ("matrix", "n_in", "mean", "seed_0", "little"),
+    [
+        ("random", 16, 13.71, 12, 0.097),
+        ("covering", 16, 14.77, 15, 0.0),
+        ("random", 20, 15.97, 15, 0.001),
+        ("covering", 20, 17.75, 18, 0.0),
+        ("random", 8, 6.98, 7, 1.0),
+    ],
+)
+def test_the_rank_of_a_random_wiring_is_luck(matrix: str, n_in: int, mean: float, seed_0: int, little: float) -> None:
+    """What FleXOR's Table 1 is told by: ranks over 2,000 seeds, and the share of those of at most 12."""
+    ranks = [xor_spec.rank(xor_spec.wiring.__wrapped__(XorSpec(n_in, matrix=matrix, seed=s), 0)) for s in range(2000)]
+    assert sum(ranks) / 2000 == pytest.approx(mean, abs=0.005)
+    assert ranks[0] == seed_0
+    assert sum(r <= 12 for r in ranks) / 2000 == pytest.approx(little, abs=0.001)
+
+
+def test_covering_comes_round_where_there_are_few_rows() -> None:
+    """4 inputs have 6 pairs: 20 gates have each of them three times, and two a fourth time."""
+    rows = xor_spec.wiring(XorSpec(4), 0)
+    assert sorted(map(rows.count, set(rows))) == [3, 3, 3, 3, 4, 4]
+    assert len(set(rows[:6])) == 6
+    assert xor_spec.wiring(XorSpec(1, 3, 1), 0) == ((0,), (0,), (0,))
+
+
+def test_one_input_per_gate_is_plain_signs() -> None:
+    assert sorted(xor_spec.wiring(XorSpec(20, n_tap=1), 0)) == [(i,) for i in range(20)]
 
 
 def test_rank_and_facts_by_hand() -> None:
@@ -315,11 +347,11 @@ def test_sharpness_sets_the_buffers_and_clips() -> None:
 def test_yaml_on_a_resnet_with_stages_trains() -> None:
     conf = OmegaConf.load("conf/method/flexor.yaml")
     conf.w_bits, conf.options.n_in = 0.47, [19, 16, 7]
-    method = instantiate(conf.method, _convert_="all")
+    method = method_of(conf)
     torch.manual_seed(0)
     net = ResNetCIFAR(depth=8, channels=3, classes=10, size=16)
     kept = surgery.quantize(net, method.rules)
-    assert kept == {"conv1": "first layer", "fc": "last layer"}
+    assert kept == dict.fromkeys(("conv1", "fc"), "first and last layer")
     assert {tuple(m.weight.shape[::2]) for _, m in layers.quant_layers(net)} == {(1, 19), (1, 16), (1, 7)}
     entry = surgery.manifest(net, kept)["weights"]["layer2.0.conv1.weight"]
     assert entry["bits"] == 0.8
@@ -345,7 +377,7 @@ def test_all_layers_of_lenet() -> None:
     conf = OmegaConf.load("conf/method/flexor.yaml")
     conf.w_bits, conf.options.layers, conf.options.n_tap, conf.options.alpha = 0.6, "all", None, "he"
     net = LeNet5(channels=1, classes=10, size=8, width=0.25)
-    kept = surgery.quantize(net, instantiate(conf.method, _convert_="all").rules)
+    kept = surgery.quantize(net, method_of(conf).rules)
     assert not kept
     assert len(list(layers.quant_layers(net))) == 4
     assert surgery.size(net)["bits_per_weight"] > 0.6

@@ -3,9 +3,9 @@
 import math
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor, nn
+from yamls import method_of
 
 from qbench.models.lenet import LeNet5
 from qbench.quant.layers import quant_layers
@@ -18,9 +18,7 @@ def method(bits: int = 16, **options: object) -> Method:
     config = OmegaConf.merge(
         OmegaConf.load("conf/method/gupta.yaml"), {"w_bits": bits, "a_bits": bits, "options": options}
     )
-    made = instantiate(OmegaConf.to_container(config, resolve=True)["method"])  # type: ignore[index,call-overload]
-    assert isinstance(made, Method)
-    return made
+    return method_of(config)
 
 
 def lenet(made: Method) -> tuple[nn.Module, State]:

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
+from yamls import method_of
 
 from qbench.methods.irnet import LibraWeight, standardize
 from qbench.methods.shared.binary import HardTanh, Slope
@@ -22,7 +22,7 @@ def irnet(**options: object) -> Method:
     assert isinstance(conf, DictConfig)
     conf.w_bits = conf.a_bits = 1
     conf.options.update(options)
-    return instantiate(conf.method, _convert_="all")  # type: ignore[no-any-return]
+    return method_of(conf)
 
 
 def test_weights_by_hand() -> None:

@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from qbench.cli.overrides import resolve_row
 from qbench.methods.lsq import LSQ, SMALLEST
 from qbench.models.tiny import Tiny
 from qbench.quant.layers import QuantLayer
@@ -90,6 +90,20 @@ def test_gradient_scale_of_inputs_leaves_the_batch_out_unless_asked() -> None:
     assert found[0] / found[1] == pytest.approx(4)
 
 
+@pytest.mark.parametrize("count", ["features", "numel"])
+@pytest.mark.parametrize("site", ["weight", "input"])
+def test_gradient_of_the_step_is_that_of_the_whole_batch_in_pieces(site: str, count: str) -> None:
+    x, found = torch.full((16, 5), 9.0), []
+    for parts in (1, 2, 4):
+        q = lsq(2, site, step=1.0, count=count)
+        q.pieces = (parts, 1)
+        for piece in x.chunk(parts) if site == "input" else [x] * parts:
+            (q(piece).sum() / (1 if site == "input" else parts)).backward()
+        assert q.step.grad is not None
+        found.append(q.step.grad.item())
+    assert found[1:] == pytest.approx([found[0]] * 2)
+
+
 def test_start_from_the_mean_over_all_batches() -> None:
     q = lsq(2)
     q.calibrate(V)
@@ -153,11 +167,9 @@ def test_arguments_out_of_range(options: dict[str, object]) -> None:
 
 
 def test_the_recipe_depends_on_the_bits() -> None:
-    config = OmegaConf.load("conf/method/lsq.yaml")
     found = {}
     for bits in (2, 3, 4, 8):
-        whole = OmegaConf.merge(config, {"w_bits": bits, "a_bits": bits})
-        recipe = OmegaConf.to_container(whole, resolve=True)["method"]["recipe"]  # type: ignore[index,call-overload]
+        recipe = resolve_row(["method=lsq", f"bits={bits}", "budget=paper"])["train"]
         found[bits] = (recipe["weight_decay"], recipe["epochs"], recipe["lr"])
     assert found == {2: (0.25e-4, 90, 0.01), 3: (0.5e-4, 90, 0.01), 4: (1e-4, 90, 0.01), 8: (1e-4, 1, 0.001)}
 

@@ -107,6 +107,20 @@ def test_averages_by_hand() -> None:
     assert (q.lo.item(), q.hi.item()) == pytest.approx((-0.9, 5))
 
 
+def test_averages_weigh_a_step_alike_in_however_many_pieces() -> None:
+    batch, found = torch.tensor([-3.0, 9.0]), []
+    for parts in (1, 4):
+        q = Activation(LAYER, "input", bits=8, decay=0.9).train()
+        q.calibrate(torch.tensor([-1.0, 4.0]))
+        q.calibrate(torch.tensor([0.0, 14.0]))  # calibration knows of no steps
+        q.pieces = (parts, 1)
+        for _ in range(parts):
+            q(batch)
+        found.append((q.lo.item(), q.hi.item()))
+    assert found[0] == pytest.approx((-0.9 * 0.9 - 0.3, 5 * 0.9 + 0.9))
+    assert found[1] == pytest.approx(found[0])
+
+
 def test_averages_move_while_quantization_is_off() -> None:
     q = Activation(LAYER, "input", bits=8, decay=0.5).train()
     q.enabled = False
@@ -270,11 +284,22 @@ def test_what_is_quantized_is_the_folded_weight() -> None:
     assert torch.equal(hat, new.weight_quantizer(w))
 
 
+def scaled_statistics(bn: nn.BatchNorm2d, factor: float) -> nn.BatchNorm2d:
+    """`bn` for outputs whose variance, and its eps, are `factor` times as large."""
+    new = deepcopy(bn)
+    with torch.no_grad():
+        new.running_var.mul_(factor)
+    new.eps *= factor
+    return new
+
+
 def test_a_dead_channel_does_not_set_the_range() -> None:
     layer, bn, x = conv_bn("depthwise")
     with torch.no_grad():
         bn.running_var[2] = 0.0
     plain, guarded = (folded(layer, bn, floor=floor).eval() for floor in (0.0, 0.01))
+    tiny = folded(layer, scaled_statistics(bn, 1e-4), floor=0.01).eval()
+    assert torch.allclose(tiny.folded()[0], 100 * guarded.folded()[0], rtol=1e-3)  # whatever the unit of the outputs
     assert guarded.folded()[0].abs().max() < 0.1 * plain.folded()[0].abs().max()
     others = [c for c in range(6) if c != 2]
     assert torch.equal(guarded(x)[:, others], plain(x)[:, others])

@@ -1,20 +1,23 @@
 """ReActNet: RSign and RPReLU by hand, the loss without labels, channels of a ReLU, two-step training."""
 
+from pathlib import Path
+
 import pytest
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.nn import functional as F
+from yamls import method_of
 
-from qbench.config.recipe import Recipe
-from qbench.methods.reactnet import RPReLU, RSign, TeacherAlone
+from qbench.cli.overrides import resolve_row
+from qbench.data import load
+from qbench.methods.reactnet import RPReLU, RSign
 from qbench.models.resnet import ResNetCIFAR
 from qbench.models.vgg_small import VGGSmall
 from qbench.quant import layers, surgery
-from qbench.quant.hooks import Distill
-from qbench.quant.method import Method, State
-from qbench.training.optim import criterion
+from qbench.quant.method import Method
+from qbench.training.build import assemble, make_model
+from qbench.training.stages import switch
 
 
 def reactnet(**options: object) -> Method:
@@ -22,7 +25,7 @@ def reactnet(**options: object) -> Method:
     assert isinstance(conf, DictConfig)
     conf.w_bits = conf.a_bits = 1
     conf.options.update(options)
-    return instantiate(conf.method, _convert_="all")  # type: ignore[no-any-return]
+    return method_of(conf)
 
 
 def test_rsign_by_hand() -> None:
@@ -71,21 +74,24 @@ def test_a_fresh_rprelu_is_a_prelu() -> None:
     assert RPReLU(nn.ReLU(), "replace", channels=3)(x.bfloat16()).dtype == torch.bfloat16
 
 
-def test_with_a_teacher_the_labels_do_not_count() -> None:
-    torch.manual_seed(0)
-    net, teacher = nn.Linear(4, 3), nn.Linear(4, 3)
-    state = State(net, torch.Generator(), inputs=torch.randn(5, 4), labels=torch.tensor([0, 1, 2, 0, 1]))
-    assert state.inputs is not None
-    state.logits = net(state.inputs)
-    recipe = Recipe(epochs=1, label_smoothing=0.1)
-    state.labels_loss = criterion(recipe, state.logits, state.labels)  # type: ignore[arg-type]
-    assert TeacherAlone().loss(state) is None
-    state.teacher = teacher
-    assert TeacherAlone(active=False).loss(state) is None
-    terms = [state.labels_loss, TeacherAlone().loss(state), Distill(1.0).loss(state)]
+def test_the_teacher_alone_teaches(tmp_path: Path) -> None:
+    """distill.labels=0: the loss is KL(teacher || student), the paper's Eq. 10 but for a constant."""
+    words = ["method=reactnet", "model=tiny", "dataset=synthetic", "budget=smoke", "device=cpu"]
+    config = resolve_row(words)
+    assert config["distill"] == {"weight": 1.0, "temperature": 1.0, "labels": 0.0}
+    net = assemble(config, load(config["dataset"]))
+    teacher = make_model({**config, "seed": 1}, net.data).eval()
+    loop = net.trainer(tmp_path, teacher=teacher)
+    state = loop.state
+    state.inputs, state.labels = torch.randn(5, 3, 16, 16), torch.tensor([0, 1, 2, 0, 1])
+    net.model.eval()
+    loss = loop._forward_backward(1.0)
     target = teacher(state.inputs).softmax(1)
+    assert state.logits is not None
     want = (target * (target.log() - state.logits.log_softmax(1))).sum(1).mean()
-    torch.testing.assert_close(sum(terms), want)
+    torch.testing.assert_close(loss, want.detach(), rtol=1e-4, atol=1e-6)
+    assert resolve_row([*words, "distill.weight=0"])["distill"]["weight"] == 0
+    assert assemble(resolve_row([*words, "distill.weight=0"]), net.data).trainer(tmp_path).labels_weight == 1
 
 
 def test_channels_of_what_reaches_a_module() -> None:
@@ -106,12 +112,11 @@ def test_yaml_on_a_resnet_trains(gradient: str) -> None:
     assert sum(isinstance(m, RPReLU) for m in net.modules()) == 6
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
     optimizer = torch.optim.Adam(net.parameters(), 1e-3)
-    state = State(net, torch.Generator(), steps=4, optimizer=optimizer)
+    assert [[*stage.quantize] for stage in method.stages] == [["input"], ["weight", "input", "output", "error"]]
     x, y = torch.randn(8, 3, 8, 8), torch.arange(8)
     levels = []
-    for state.step in range(4):
-        for hook in method.hooks:
-            hook.before_step(state)
+    for stage in method.stages:
+        switch(net, stage.quantize)
         optimizer.zero_grad()
         with layers.quantized_weights(net):
             levels.append(len(net.layer1[0].conv1.quantized_weight()[0].unique()))
@@ -119,6 +124,6 @@ def test_yaml_on_a_resnet_trains(gradient: str) -> None:
         loss.backward()
         optimizer.step()
     assert levels[0] > 2
-    assert levels[2:] == [2, 2]
+    assert levels[1] == 2
     assert torch.isfinite(loss)
     assert all(not torch.equal(p, before[name]) for name, p in net.named_parameters())

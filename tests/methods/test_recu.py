@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
+from yamls import method_of
 
-from qbench.methods.recu import RaiseTau, ReCUInput, ReCUWeight
+from qbench.methods.recu import RaiseTau, ReCUInput, ReCUWeight, _quantiles
 from qbench.models.resnet import ResNetCIFAR
 from qbench.quant import surgery
 from qbench.quant.method import Method, State
@@ -21,7 +21,7 @@ def recu(**options: object) -> Method:
     assert isinstance(conf, DictConfig)
     conf.w_bits = conf.a_bits = 1
     conf.options.update(options)
-    return instantiate(conf.method, _convert_="all")  # type: ignore[no-any-return]
+    return method_of(conf)
 
 
 def weight(**options: object) -> ReCUWeight:
@@ -40,6 +40,12 @@ def test_empirical_quantiles() -> None:
     q = weight(b=None, quantile="empirical")
     lo, hi = torch.quantile(W.flatten(), 0.15), torch.quantile(W.flatten(), 0.85)
     torch.testing.assert_close(q.clamped(W), W.clamp(lo, hi))
+
+
+def test_empirical_quantiles_of_more_weights_than_torch_quantile_takes() -> None:
+    n = 2**24 + 101
+    found = _quantiles(torch.arange(n, dtype=torch.float32), torch.tensor([0.25, 0.75]))
+    assert found.tolist() == pytest.approx([0.25 * (n - 1), 0.75 * (n - 1)], abs=1)
 
 
 def test_scale_is_the_mean_of_the_clamped_weights() -> None:

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from hydra.utils import instantiate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from torch import nn
 from torch.nn import functional as F
+from yamls import method_of
 
 from qbench.methods.ttq import TTQ, PositiveScales
 from qbench.models.resnet import ResNetCIFAR
@@ -118,7 +118,7 @@ def test_errors(options: dict[str, object], message: str) -> None:
 def test_yaml_on_a_resnet_trains_and_scales_stay_positive() -> None:
     conf = OmegaConf.load("conf/method/ttq.yaml")
     conf.w_bits, conf.a_bits = 2, 32
-    method = instantiate(conf.method, _convert_="all")
+    method = method_of(conf)
     assert method.param_groups[0]["weight_decay"] == "same"
     torch.manual_seed(0)
     net = ResNetCIFAR(depth=8, channels=3, classes=10, size=8)

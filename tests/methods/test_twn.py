@@ -4,12 +4,12 @@ import itertools
 
 import pytest
 import torch
-from hydra.utils import instantiate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.nn import functional as F
+from yamls import method_of
 
 from qbench.methods.twn import TernaryWeight
 from qbench.models.resnet import ResNetCIFAR
@@ -110,7 +110,7 @@ def test_yaml_on_a_resnet_trains() -> None:
     conf = OmegaConf.load("conf/method/twn.yaml")
     conf.w_bits, conf.a_bits = 2, 32
     conf.method.rules[0].weight.bits = conf.method.rules[1].weight.bits = 2
-    method = instantiate(conf.method, _convert_="all")
+    method = method_of(conf)
     torch.manual_seed(0)
     net = ResNetCIFAR(depth=8, channels=3, classes=10, size=8)
     surgery.quantize(net, method.rules)

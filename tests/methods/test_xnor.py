@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.nn import functional as F
+from yamls import method_of
 
 from qbench.methods.shared.binary import BinaryWeight, Sign
 from qbench.methods.xnor import CenterAndClamp, XnorLayer
@@ -30,7 +30,7 @@ def _method(**options: object) -> Method:
     assert isinstance(conf, DictConfig)
     conf.w_bits = conf.a_bits = 1
     conf.options.update(options)
-    return instantiate(conf.method, _convert_="all")  # type: ignore[no-any-return]
+    return method_of(conf)
 
 
 def test_k_of_the_worked_example() -> None:

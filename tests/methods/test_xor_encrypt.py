@@ -5,11 +5,11 @@ import math
 
 import pytest
 import torch
-from hydra.utils import instantiate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from torch import Tensor, nn
+from yamls import method_of
 
 from qbench.methods import xor_encrypt
 from qbench.methods.shared import xor_spec
@@ -37,7 +37,7 @@ def test_a_system_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four gates y = (x0+x1, x0+x2, x1+x2, x0+x1+x2); the third is the sum of the first two."""
     rows = ((0, 1), (0, 2), (1, 2), (0, 1, 2))
     monkeypatch.setattr(xor_spec, "wiring", lambda spec, plane: rows)
-    spec = XorSpec(3, 4, None)
+    spec = XorSpec(3, 4, None, matrix="random")
     bits = _bools("1010", "1110", "1101", "0000")
     care = _bools("1111", "1110", "1001", "0000")
     found = encrypt(bits, care, spec)
@@ -52,7 +52,7 @@ def test_a_system_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_slice_is_patched_only_where_no_seed_fits() -> None:
     """Against all 2^n_in seeds: no patch exactly where some seed gives every bit that is cared for."""
-    spec = XorSpec(5, 12, None, seed=3)
+    spec = XorSpec(5, 12, None, matrix="random", seed=3)
     generator = torch.Generator().manual_seed(0)
     bits = torch.rand(200, 12, generator=generator) < 0.5
     care = torch.rand(200, 12, generator=generator) < 0.4
@@ -70,7 +70,7 @@ def test_a_slice_is_patched_only_where_no_seed_fits() -> None:
     n_in=st.integers(1, 62), more=st.integers(0, 40), share=st.floats(0, 1), seed=st.integers(0, 9), n=st.integers(1, 6)
 )
 def test_decoding_is_lossless(n_in: int, more: int, share: float, seed: int, n: int) -> None:
-    spec = XorSpec(n_in, n_in + more, None, seed=seed)
+    spec = XorSpec(n_in, n_in + more, None, matrix="random", seed=seed)
     generator = torch.Generator().manual_seed(seed)
     bits = torch.rand(n, spec.n_out, generator=generator) < 0.5
     care = torch.rand(n, spec.n_out, generator=generator) < share
@@ -121,6 +121,8 @@ def test_bits_per_weight_of_a_layer() -> None:
     assert codes / 1152 == pytest.approx(sum(counted[f"{part}_bits"] for part in ("seed", "patch", "mask")))
     assert counted["mask_bits"] < 0.5
     assert counted["compression_ratio"] == pytest.approx(q.bits * 1152 / codes)
+    hidden = (counted["seed_bits"] + counted["patch_bits"]) * 1152
+    assert counted["compression_ratio_without_mask"] == pytest.approx((q.bits - 1) * 1152 / hidden)  # the paper's
     size = surgery.size(nn.Sequential(layer))
     assert size["bits_per_weight"] == pytest.approx((codes + scales + 20 * 170) / 1152)
 
@@ -198,8 +200,8 @@ def test_yaml_on_a_resnet() -> None:
     conf.w_bits = 2
     torch.manual_seed(0)
     net = ResNetCIFAR(depth=8, channels=3, classes=10, size=16)
-    kept = surgery.quantize(net, instantiate(conf.method, _convert_="all").rules)
-    assert kept == {"conv1": "first layer", "fc": "last layer"}
+    kept = surgery.quantize(net, method_of(conf).rules)
+    assert kept == dict.fromkeys(("conv1", "fc"), "first and last layer")
     manifest = surgery.manifest(net, kept)
     # 0.9 pruned: 0.12 of seeds, some patches, 0.48 of mask, scales and one matrix
     assert 0.6 < manifest["size"]["bits_per_weight"] < 0.8

@@ -64,3 +64,34 @@ def test_preactivation_with_a_shortcut_per_conv():
     block, x = model.layer1[1], torch.randn(2, 16, 8, 8)
     nn.init.zeros_(block.conv2.weight)
     torch.testing.assert_close(block(x), x + block.conv1(block.relu1(block.bn1(x))))
+
+
+def test_a_raw_shortcut_starts_at_the_input_where_the_shape_changes():
+    """With zero convs a block hands on its shortcut: x, and the activation in the first block of the net alone."""
+    options = dict(channels=3, classes=10, size=8, depth=14, preactivation=True)
+    model = ResNetCIFAR(**options, raw_shortcut=True).eval()
+    for block in (model.layer1[0], model.layer2[0]):
+        nn.init.zeros_(block.conv2.weight)
+    x = torch.randn(2, 16, 8, 8)
+    torch.testing.assert_close(model.layer1[0](x), x.relu(), rtol=1e-4, atol=1e-5)
+    assert torch.equal(model.layer2[0](x), model.layer2[0].shortcut(x))
+    assert model.state_dict().keys() == ResNetCIFAR(**options).state_dict().keys()
+    with pytest.raises(ValueError, match="raw_shortcut=true asks for preactivation=true"):
+        ResNetCIFAR(channels=3, classes=10, size=8, raw_shortcut=True)
+
+
+@pytest.mark.parametrize("preactivation", [False, True])
+def test_a_final_norm_gives_the_classifier_features_of_deviation_one(preactivation):
+    options = dict(channels=3, classes=10, size=8, depth=8, preactivation=preactivation)
+    deviation = []
+    for final_norm in (None, True):
+        torch.manual_seed(0)
+        model = ResNetCIFAR(**options, final_norm=final_norm).train()
+        model.fc.register_forward_pre_hook(lambda _, args: deviation.append(args[0].std(0).mean().item()))
+        model(torch.randn(64, 3, 8, 8))
+    assert deviation[0] < 0.7
+    assert deviation[1] == pytest.approx(1, abs=0.05)
+    plain = ResNetCIFAR(**options).state_dict().keys()
+    assert plain == ResNetCIFAR(**options, final_norm=False).state_dict().keys()
+    more = {f"final_norm.{k}" for k in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")}
+    assert model.state_dict().keys() - plain == more

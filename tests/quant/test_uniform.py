@@ -135,6 +135,39 @@ def test_the_sample_is_bounded_deterministic_and_fair(monkeypatch: pytest.Monkey
     assert found[0] == pytest.approx((whole.quantile(0.1).item(), whole.quantile(0.9).item()), abs=0.2)
 
 
+def test_an_outlier_of_a_sampled_batch_counts_once() -> None:
+    """Counted as one of the sample it is worth sixteen, and the range ends at 30."""
+    x = random(2**22).abs()
+    x[-1] = 40
+    q = Uniform(LAYER, "input", bits=8, range="mse")
+    for batch in x.chunk(4):
+        q.calibrate(batch)
+    q.finish_calibration()
+    assert q.hi.item() == pytest.approx(6.25, abs=0.3)  # ranges.mse of all values
+
+
+def test_a_weight_that_is_seen_whole_has_no_value_twice() -> None:
+    w = torch.tensor([[-0.4, -0.3, -0.2, -0.1, 0.0, 0.1, 0.2, 0.3, 50.0]])
+    q = fitted(w, nn.Linear(9, 1), "weight", bits=8, range="percentile", percentile=90, per_channel=True)
+    assert q.hi.item() == pytest.approx(0.3 + 0.2 * 49.7)  # a fifth of the way from the last but one
+
+
+def test_symmetric_activations_that_are_never_negative_use_all_codes() -> None:
+    """1806.08342 Sec. 2.2: clamp(0, N - 1) if unsigned."""
+    q = fitted(torch.full((4,), 3.0), bits=8, symmetric=True)
+    assert q.step.item() == pytest.approx(3 / 255)
+    assert (q.bounds, q.signed, q.describe()["signed"], q.zero.item()) == ((0, 255), False, False, 0)
+    other = Uniform(LAYER, "input", bits=8, symmetric=True)
+    other.load_state_dict(q.state_dict())
+    x = random(100) * 2
+    assert torch.equal(other(x), q(x))
+    q.calibrate(torch.tensor([-1.0]))
+    q.calibrate(torch.tensor([3.0]))
+    q.finish_calibration()
+    assert (q.bounds, q.signed) == ((-128, 127), True)
+    assert fitted(torch.full((1, 4), 3.0), site="weight", bits=8, symmetric=True).bounds == (-128, 127)
+
+
 def test_before_calibration_and_without_anything_seen_the_range_is_one() -> None:
     q = Uniform(LAYER, "input", bits=8)
     q.finish_calibration()

@@ -18,13 +18,10 @@ from qbench.config.recipe import Recipe
 from qbench.data import load
 from qbench.errors import UserError
 from qbench.methods.shared import dorefa_weight
-from qbench.quant.hooks import Distill
 from qbench.quant.method import Hook, State
-from qbench.screen import Screen
-from qbench.training import captured, checkpoint, evaluation
-from qbench.training.build import make_method, make_model, place_net, quantize
+from qbench.training import captured, evaluation
+from qbench.training.build import assemble, place_net
 from qbench.training.captured import WARM, Captured
-from qbench.training.run import Run, make_batches
 from qbench.training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -51,7 +48,7 @@ CASES |= {
     "ttq, sparse": ("method=ttq", "options.sparsity=0.3"),
     "twn, optimal": ("method=twn", "options.rule=optimal"),
     "squared hinge": ("method=binaryconnect", "train.loss=squared_hinge"),
-    "tga, turns of three": ("method=tga", "options.turns=3"),
+    "tga, all at once": ("method=tga", "options.turn=0"),
     "xnor, released": (
         *("method=xnor", "options.k=false", "options.gradient=released", "options.center=true", "options.clamp=true"),
     ),
@@ -69,42 +66,23 @@ def trainer(
     base = [*data, "budget=smoke", "train.batch_size=8", f"train.steps={steps}", *SCHEDULE, "device=cpu"]
     taken = {w.partition("=")[0] for w in words}
     config = resolve_row([*(w for w in base if w.partition("=")[0] not in taken), *words])
-    run = Run(config, load(config["dataset"]), folder, "", {})
-    model, method = make_model(config, run.data), make_method(config)
-    place_net(model, device, True)
-    teacher = copy.deepcopy(model).eval().requires_grad_(False)
-    quantize(config, model, method)
-    hooks = [Distill(**config["distill"])] if config["distill"]["weight"] else []
-    train, test = make_batches(run, run.data.train, device, True), make_batches(run, run.data.test, device, False)
-    model.to(device)
-    generator = graphs.generator if graphs else torch.Generator(device)
-    loop = Trainer(
-        model,
-        method,
-        Recipe(**config["train"]),
-        train,
-        {"test": test},
-        folder=folder,
-        recorder=None,
-        device=device,
-        generator=generator.manual_seed(1),
-        screen=Screen(quiet=True),
-        hooks=hooks,
-        teacher=teacher if hooks else None,
-        graphs=graphs,
-        checkpoint_seconds=1e9,
-    )
-    checkpoint.seed_all(0)
-    evaluation.calibrate(model, test.epoch(0), device, "fp32", True)
-    for hook in loop.own_hooks():
-        hook.after_calibrate(loop.state)
+    config |= {"init": "scratch", "checkpoint_seconds": 1e9}  # calibrated on batch statistics
+    data, teachers = load(config["dataset"]), []
+
+    def start(model: nn.Module) -> None:
+        teachers.append(copy.deepcopy(place_net(model, device, True)).eval().requires_grad_(False))
+
+    net = assemble(config, data, start, device)
+    loop = net.trainer(folder, teacher=teachers[0], graphs=graphs, generator=graphs.generator if graphs else None)
+    net.calibrate(loop)
     return loop
 
 
 def state(loop: Trainer) -> dict[str, Tensor]:
     """Every tensor that a step may change."""
     found = {**loop.model.state_dict(), **{f"hooks.{k}": v for k, v in loop.hooks.state_dict().items()}}
-    for i, values in loop.optimizer.state_dict()["state"].items():
+    (optimizer,) = loop.optimizer.state_dict()
+    for i, values in optimizer["state"].items():
         found |= {f"optimizer.{i}.{k}": v for k, v in values.items()}
     found |= {"losses": torch.stack(loop.losses), "correct": loop.correct, "random": loop.state.generator.get_state()}
     return {k: v.clone() for k, v in found.items() if isinstance(v, Tensor)}
@@ -112,7 +90,7 @@ def state(loop: Trainer) -> dict[str, Tensor]:
 
 def run_steps(loop: Trainer, steps: int = STEPS, first: int = 0) -> dict[str, Tensor]:
     if loop.state.step == 0:
-        loop._before_train()
+        loop.begin()
     spe = loop.steps_per_epoch
     for step in range(first, steps):
         x, y = next(iter(loop.train_batches.epoch(*divmod(step, spe))))
@@ -269,7 +247,8 @@ def test_a_checkpoint_of_another_device_keeps_the_way_the_optimizer_computes(tmp
     from qbench.training.optim import load_state, make_optimizer, parameter_groups, set_lr
 
     groups = parameter_groups(plain.model, [], plain.method, plain.recipe)
-    cpu, gpu = make_optimizer(groups, plain.recipe), plain.optimizer
+    cpu = make_optimizer(groups, plain.recipe)
+    (gpu,) = plain.optimizer.members
     for p in plain.model.parameters():
         p.grad = torch.ones_like(p)
     cpu.step()

@@ -118,9 +118,9 @@ def test_cut_off_between_training_and_result(tiny: Cli, tmp_path: Path) -> None:
     tiny("method=float", "out=straight")
     kill = (
         "import os, signal, sys\n"
-        "from qbench.training import run\n"
+        "from qbench.training import execute\n"
         "from qbench.cli.command import main\n"
-        "run.write = lambda *args: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "execute.write = lambda *args: os.kill(os.getpid(), signal.SIGKILL)\n"
         "main(sys.argv[1:])\n"
     )
     words = ("method=float", *TINY)

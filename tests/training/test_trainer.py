@@ -24,7 +24,7 @@ from qbench.quant.method import Hook, Method, Rule, State
 from qbench.quant.quantizer import Quantizer
 from qbench.quant.surgery import quantize
 from qbench.screen import Screen
-from qbench.training import checkpoint, evaluation
+from qbench.training import checkpoint, evaluation, execute
 from qbench.training.evaluation import calibrate, evaluate
 from qbench.training.optim import criterion, make_optimizer, parameter_groups
 from qbench.training.trainer import Trainer
@@ -167,7 +167,26 @@ def test_quantizers_get_no_weight_decay_unless_the_method_says_so() -> None:
         assert len(of) == len(list(model.parameters()))
         assert {of[i]["weight_decay"] for i in steps} == {decay}
         assert {g["weight_decay"] for i, g in of.items() if i not in steps} == {0.1}
-        assert {of[i]["lr_scale"] for i in steps} == {3.0 if decay == 0.5 else 1.0}
+        assert {of[i]["top_lr"] for i in steps} == {pytest.approx(0.3 if decay == 0.5 else 0.1)}
+
+
+@pytest.mark.parametrize(
+    ("decay", "held"),
+    [
+        ("all", {"0.weight", "0.bias", "1.weight", "1.bias", "4.weight", "4.bias"}),
+        ("weights", {"0.weight", "4.weight"}),
+        ("last", {"4.weight"}),
+    ],
+)
+def test_weight_decay_acts_on_what_the_recipe_says(decay: str, held: set[str]) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(2, 2))
+    quantize(model, [Rule(weight=Scale, match="0")])
+    recipe = Recipe(steps=1, weight_decay=0.1, decay=decay)
+    for patterns, more in ([], set()), ([{"match": "1.bias", "weight_decay": "same"}], {"1.bias"}):
+        groups = parameter_groups(model, [], Method("m", "", "qat", param_groups=patterns), recipe)
+        of = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
+        assert {n for n, p in model.named_parameters() if of[id(p)] == 0.1} == held | more
+        assert {*of.values()} <= {0.0, 0.1}
 
 
 def test_a_pattern_that_matches_nothing_is_an_error_unless_optional() -> None:
@@ -358,7 +377,6 @@ def test_calibration_shows_float_activations_and_leaves_no_trace(scratch: bool) 
 def test_calibration_images_do_not_depend_on_the_batch_size(
     tiny: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from qbench.training import run
 
     seen: list[Tensor] = []
     real = evaluation.calibrate
@@ -368,7 +386,7 @@ def test_calibration_images_do_not_depend_on_the_batch_size(
         seen.append(torch.cat([x for x, _ in kept]))
         real(model, iter(kept), *rest)
 
-    monkeypatch.setattr(run.evaluation, "calibrate", spy)
+    monkeypatch.setattr(execute.evaluation, "calibrate", spy)
     for size in (16, 64):
         words = ("method=pact", "bits=4", "init=scratch", f"train.batch_size={size}", "train.steps=1", "out=o")
         assert tiny(*words).status == 0

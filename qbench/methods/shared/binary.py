@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from qbench.quant import ops, quantizer
-from qbench.quant.layers import QuantLayer, quant_layers
+from qbench.quant.layers import QuantLayer
 from qbench.quant.method import Hook, State
 from qbench.quant.quantizer import Codes, Kernel, Quantizer, check_bits, check_choice
 
@@ -261,49 +261,3 @@ class HardTanh(nn.Module):
 
     def kernel(self, shape: torch.Size) -> Kernel:
         return Kernel("bounded", 1.0)
-
-
-class BinarizeWeightsAfter(Hook):
-    """Train real weights for the first `share` of the steps, then binary ones: two-step training.
-
-    A function of the step alone, so that a resumed run needs no state. Evaluations in the first step are of the net
-    with real weights.
-
-    Args:
-        share: of the training steps, at least 0 and below 1; 0 trains binary weights from the start
-        restart: each step of the training has its own linear decay of the learning rate to 0 in place of the run's
-            schedule and warm-up, the optimizer's state is dropped between them, and the second step has no weight
-            decay, as in ReActNet; else the run's schedule spans both
-
-    Raises:
-        ValueError: share out of range
-
-    Reference: arXiv 2003.03488, Sec. 5; 1808.00278, Sec. 3.3 (initialization)
-    """
-
-    def __init__(self, share: float = 0.0, restart: bool = False) -> None:
-        super().__init__()
-        if not 0 <= share < 1:
-            raise ValueError(f"the share of the training with real weights must be at least 0 and below 1, got {share}")
-        self.share, self.restart = share, restart
-
-    def before_train(self, state: State) -> None:
-        self._switch(state)
-
-    def before_step(self, state: State) -> None:
-        self._switch(state)
-        first = round(self.share * state.steps)
-        if not (self.restart and 0 < first < state.steps and state.optimizer is not None):
-            return
-        if state.step == first:
-            state.optimizer.state.clear()
-        done = state.step / first if state.step < first else (state.step - first) / (state.steps - first)
-        for group in state.optimizer.param_groups:
-            group["lr"] *= (1 - done) / state.lr_scale
-            group["weight_decay"] = group.setdefault("first_decay", group["weight_decay"]) * (state.step < first)
-        state.lr_scale = 1 - done  # what is recorded
-
-    def _switch(self, state: State) -> None:
-        for _, layer in quant_layers(state.model):
-            if layer.weight_quantizer is not None:
-                layer.weight_quantizer.enabled = state.step >= round(self.share * state.steps)

@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 MATRICES = ("random", "distinct", "covering")
+LAYERS = ("middle", "all")
 
 
 def _whole(name: str, value: Any, lo: int) -> None:
@@ -21,10 +22,12 @@ class XorSpec:
 
     n_tap: inputs per gate; None draws each connection with probability 1/2.
     matrix: how the rows are drawn. `random`: each by itself, rows may repeat (the paper says no more than "N_tap
-    ones per row"); `distinct`: no row twice; `covering`: distinct, and every input reaches a gate.
+    ones per row"); `distinct`: no row twice; `covering`: every input reaches a gate, and no row comes twice before all
+    that are possible have come once. What a wiring can do is its `rank`; of `random` with two inputs per gate, 16 in
+    and 20 out, that is 12 or less for one seed in ten, 13.7 on average, of `covering` 14.8, and of both at most 15.
     seed: of the wiring, which differs from plane to plane; all layers of an equal spec share it.
 
-    Errors: ValueError on a range, and where `distinct` or `covering` cannot be had.
+    Errors: ValueError on a range, and where `distinct` cannot be had.
     Reference: arXiv 2009.04126, Sec. 2-3
     """
 
@@ -32,7 +35,7 @@ class XorSpec:
     n_out: int = 20
     n_tap: int | None = 2
     q: int = 1
-    matrix: str = "random"
+    matrix: str = "covering"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -48,12 +51,16 @@ class XorSpec:
                 raise ValueError(f"n_tap must be at most n_in={self.n_in}, got {self.n_tap}")
         if self.matrix not in MATRICES:
             raise ValueError(f"matrix must be one of {', '.join(MATRICES)}, got {self.matrix!r}")
-        possible = 2**self.n_in - 1 if self.n_tap is None else math.comb(self.n_in, self.n_tap)
-        if self.matrix != "random" and possible < self.n_out:
+        if self.matrix == "distinct" and self.possible < self.n_out:
             raise ValueError(
-                f"matrix={self.matrix} needs {self.n_out} different rows, but n_in={self.n_in} n_tap={self.n_tap} "
-                f"has only {possible}; use matrix=random"
+                f"matrix=distinct needs {self.n_out} different rows, but n_in={self.n_in} n_tap={self.n_tap} "
+                f"has only {self.possible}; use matrix=covering"
             )
+
+    @property
+    def possible(self) -> int:
+        """How many different rows there are."""
+        return 2**self.n_in - 1 if self.n_tap is None else math.comb(self.n_in, self.n_tap)
 
     @property
     def bits(self) -> float:
@@ -86,7 +93,7 @@ def wiring(spec: XorSpec, plane: int) -> tuple[tuple[int, ...], ...]:
     rows = _covering(spec, rng) if spec.matrix == "covering" else []
     while len(rows) < spec.n_out:
         row = _row(spec, rng)
-        if spec.matrix == "random" or row not in rows:
+        if spec.matrix == "random" or rows.count(row) <= len(rows) // spec.possible:
             rows.append(row)
     return tuple(rows)
 
@@ -148,7 +155,7 @@ def make(
     n_out: int = 20,
     n_tap: int | None = 2,
     q: int | None = None,
-    matrix: str = "random",
+    matrix: str = "covering",
     seed: int = 0,
     stage: int | None = None,
 ) -> XorSpec:
@@ -192,6 +199,8 @@ def check(options: Mapping[str, Any], w_bits: float) -> list[XorSpec]:
 
     Errors: ValueError saying what to change.
     """
+    if options.get("layers", "all") not in LAYERS:
+        raise ValueError(f"options.layers must be one of {', '.join(LAYERS)}, got {options['layers']!r}")
     known = {name: options[name] for name in ("n_in", "n_out", "n_tap", "q", "matrix") if name in options}
     try:
         stages = 3 if _many(known.get("n_in")) else 1
