@@ -36,17 +36,14 @@ OF_LOSS = {"label_smoothing": ("cross_entropy",)}
 OF_SCHEDULE = {"milestones": ("step",), "gamma": ("step", "exponential")}
 
 
-@dataclass(frozen=True)
 class Dotted(Kind):
-    """One of `names`, or the dotted path of a class or function."""
-
-    names: tuple[str, ...] = ()
+    """One of `words`, or the dotted path of a class or function."""
 
     def check(self, name: str, value: Any) -> None:
-        if (value is None and self.null) or value in self.names:
+        if (value is None and self.null) or value in self.words:
             return
         if "." not in str(value) or not all(part.isidentifier() for part in str(value).split(".")):
-            raise unknown(name, str(value), self.names)
+            raise unknown(name, str(value), map(str, self.words))
 
 
 # What the fields of a recipe may be.
@@ -54,7 +51,7 @@ FIELDS: dict[str, Kind] = {
     "epochs": number(0, null=True),
     "steps": number(0, whole=True, null=True),
     "batch_size": whole(1),
-    "optimizer": Dotted("", lambda x: False, names=tuple(OPTIMIZERS)),
+    "optimizer": Dotted("", lambda x: False, words=tuple(OPTIMIZERS)),
     "lr": number(0),
     "momentum": number(0, 1, below=True),
     "nesterov": truth(),
@@ -67,7 +64,7 @@ FIELDS: dict[str, Kind] = {
     "gamma": number(0, above=True),
     "warmup": number(0),
     "label_smoothing": number(0, 1, below=True),
-    "loss": Dotted("", lambda x: False, names=LOSSES),
+    "loss": Dotted("", lambda x: False, words=LOSSES),
     "accumulate": whole(1),
     "clip_grad": number(0),
     "evaluate_every": number(0, above=True),
@@ -209,16 +206,17 @@ def optimizer_class(name: str) -> type[Any]:
     return cls
 
 
-def optimizer_fields(recipe: Recipe) -> dict[str, Any]:
-    """What the recipe tells its optimizer beside learning rate and weight decay.
+def optimizer_fields(recipe: Recipe, name: str | None = None) -> dict[str, Any]:
+    """What the recipe tells its optimizer (or `name`) beside learning rate and weight decay.
 
     Of a class by its dotted path whatever its constructor takes and the recipe does not leave at its default: defaults
     of the class are its own.
     """
-    if recipe.optimizer in OPTIMIZERS:
-        found = {k: getattr(recipe, k) for k, takers in OF_OPTIMIZER.items() if recipe.optimizer in takers}
+    name = name or recipe.optimizer
+    if name in OPTIMIZERS:
+        found = {k: getattr(recipe, k) for k, takers in OF_OPTIMIZER.items() if name in takers}
         return {k: v for k, v in found.items() if v is not None}
-    taken = _taken(recipe.optimizer)
+    taken = _taken(name)
     found = {k: getattr(recipe, k) for k in taken if getattr(recipe, k) != DEFAULTS[k]}
     return found | ({"momentum": recipe.momentum} if found.get("nesterov") else {})
 

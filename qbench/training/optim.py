@@ -2,7 +2,6 @@
 
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -141,7 +140,7 @@ def make_optimizer(
     On a CUDA `device` fused where torch has it. `capturable`: fit for a CUDA graph, one of `CAPTURABLE`.
     """
     name = name or recipe.optimizer
-    cls, options = optimizer_class(name), optimizer_fields(replace(recipe, optimizer=name))
+    cls, options = optimizer_class(name), optimizer_fields(recipe, name)
     if capturable:
         options |= CAPTURABLE[name]
         groups = [{**group, "lr": torch.tensor(recipe.lr, device=device)} for group in groups]

@@ -96,7 +96,7 @@ WORDS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("-m", "bits=range(4,2)"), ("bits=range(4,2)", "fits nothing")),
     (("-m", "seed=0,-1"), ("seed", "at least 0", "got -1")),
     (("-m", "hydra/launcher=jobslib", "seed=0,1"), ("'jobslib'", "Did you mean 'joblib'?", "basic")),
-    (("-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=0"), ("hydra.launcher.n_jobs", "-1 for all", "got 0")),
+    (("-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=0"), ("hydra.launcher.n_jobs", "-1: all cores", "got 0")),
     (("train.momentum=0.5", "train.optimizer=adam"), ("train.momentum=0.5 is not read", "optimizer=sgd or rmsprop")),
     (("train.nesterov=true", "train.optimizer=adam"), ("train.nesterov=True is not read", "optimizer=sgd")),
     (("train.betas=[0.5,0.9]",), ("train.betas=[0.5, 0.9] is not read with optimizer=sgd", "adamw")),
