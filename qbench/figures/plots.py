@@ -51,8 +51,9 @@ def curves(
     """Draws curves.png (5 inches wide): accuracy, loss and the quantizers' scales over the epochs.
 
     The accuracy is that of each evaluation, and of the training, between two levels: the float parent and, where there
-    is one, the net that was calibrated and not yet trained. Upright lines stand between the stages of a method. With `pdf` curves.pdf is written beside it. `result` and `records` are what the
-    run's files hold, for a caller that has them at hand.
+    is one, the net that was calibrated and not yet trained. Upright lines stand between the stages of a method. With
+    `pdf` curves.pdf is written beside it. `result` and `records` are what the run's files hold, for a caller that has
+    them at hand.
 
     Errors: UserError when the run has recorded nothing to draw.
     """
