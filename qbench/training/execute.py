@@ -148,6 +148,7 @@ def _train(run: Run, screen: Screen, opened: ExitStack) -> dict[str, Any]:
     if place.type == "cuda" and config["graph"] and loop.eager:
         screen.line(f"graph: off, {loop.eager}")
     before = _calibrated(run, net, loop, screen)
+    earlier = loop.outcome.seconds  # of training, before the run was cut off
     outcome = trainer.Outcome(before, before, 0.0) if loop.idle else loop.train()
     if loop.idle:
         loop.take_stock()
@@ -157,7 +158,7 @@ def _train(run: Run, screen: Screen, opened: ExitStack) -> dict[str, Any]:
     result |= {"code": code, "device": str(place), "kernels": kernels.tier(), "graph": loop.captured is not None}
     if outcome.seconds > 0 and loop.total:
         result["images_per_s"] = round(loop.total * loop.recipe.batch_size / outcome.seconds)
-    result["seconds_total"] = round(time.monotonic() - started, 1)
+    result["seconds_total"] = round(earlier + time.monotonic() - started, 1)
     if net.method.name == "float":
         result["float_accuracy"] = result["accuracy_last"]
     if recorder is not None:

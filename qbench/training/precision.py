@@ -14,12 +14,11 @@ from qbench.errors import UserError
 from qbench.training import device
 
 SIGNIFICANT = {"bf16": 8, "tf32": 11}  # bits that a number carries: of 1024 equal steps bf16 leaves about half
-WIDEST = SIGNIFICANT["bf16"]
 DEPTHWISE = "the net has depthwise convolutions, which are slower in bf16 on a CPU"
 
 
 def decided(config: dict[str, Any], make_model: Callable[[], nn.Module]) -> dict[str, Any]:
-    """`config` with the precision of both recipes decided; what was not taken as asked is said under 'auto'.
+    """`config` with the precision of all its recipes decided; what was not taken as asked is said under 'auto'.
 
     Errors: UserError on tf32 without a GPU.
 
@@ -31,23 +30,32 @@ def decided(config: dict[str, Any], make_model: Callable[[], nn.Module]) -> dict
     if "tf32" in asked.values() and device.pick(config["device"]).type == "cpu":
         raise UserError("precision=tf32 is a number format of GPUs, and this run is on the CPU. Use fp32 or bf16.")
     slow = "auto" in asked.values() and depthwise(make_model())
-    widest = {"train": max(_widths(config), default=0), "parent": 0}
-    taken, why = {}, {}
-    for phase, precision in asked.items():
-        if precision == "auto":
-            taken[phase] = "fp32" if slow or widest[phase] > WIDEST else "bf16"
-        else:
-            taken[phase] = "fp32" if widest[phase] > SIGNIFICANT.get(precision, FLOAT) else precision
-        if widest[phase] > SIGNIFICANT.get(precision, WIDEST) and precision != "fp32":
-            carrier = "bf16" if precision == "auto" else precision
-            reason = f"{widest[phase]:g} bits are asked for, and {carrier} carries {SIGNIFICANT[carrier]}"
-        else:
-            reason = DEPTHWISE if slow else ""
-        if taken[phase] != precision:
-            why[phase] = f"precision={precision}: {taken[phase]}" + (f" ({reason})" if reason else "")
-    plain = {k: v for k, v in config.items() if k != "auto"}  # what was said of the run whose parent this is
-    both = {phase: {**config[phase], "precision": precision} for phase, precision in taken.items()}
-    return {**plain, **both, **({"auto": {"precision": why}} if why else {})}
+    bits = {"train": max(_widths(config), default=0), "parent": 0}
+
+    def taken(recipe: dict[str, Any], phase: str) -> dict[str, Any]:
+        return {**recipe, "precision": _taken(recipe["precision"], bits[phase], slow)[0]}
+
+    out = {k: v for k, v in config.items() if k != "auto"}  # that was said of the run whose parent this is
+    out |= {phase: taken(config[phase], phase) for phase in asked}
+    if stages := config["method"].get("stages"):
+        out["method"] = {
+            **config["method"],
+            "stages": [{**stage, "recipe": taken(stage["recipe"], "train")} for stage in stages],
+        }
+    why = {phase: _taken(precision, bits[phase], slow)[1] for phase, precision in asked.items()}
+    why = {phase: text for phase, text in why.items() if text}
+    return {**out, "auto": {"precision": why}} if why else out
+
+
+def _taken(precision: str, bits: float, slow: bool) -> tuple[str, str]:
+    """(the format that is taken, what there is to say of it)."""
+    carrier = "bf16" if precision == "auto" else precision
+    if bits > SIGNIFICANT.get(carrier, FLOAT):
+        reason = f"{bits:g} bits are asked for, and {carrier} carries {SIGNIFICANT[carrier]}"
+        return "fp32", f"precision={precision}: fp32 ({reason})"
+    if precision != "auto":
+        return precision, ""
+    return ("fp32", f"precision=auto: fp32 ({DEPTHWISE})") if slow else ("bf16", "precision=auto: bf16")
 
 
 def depthwise(model: nn.Module) -> bool:

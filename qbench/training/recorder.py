@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -121,8 +122,11 @@ class Recorder:
         try:
             self._file.write(_line(record))
             self._file.flush()
+            gone = os.fstat(self._file.fileno()).st_nlink == 0
         except OSError as error:
             raise UserError(f"cannot write {self.folder / METRICS}: {error.strerror}.") from error
+        if gone:
+            raise UserError(f"{self.folder / METRICS} was removed while the run was at work")
         self.count += 1
         return record
 

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from qbench import files
+from qbench.config import options
 from qbench.config.identity import digest, folder_name, identity, parent_of
 from qbench.data import DataSet, load
 from qbench.errors import UserError
@@ -42,6 +43,7 @@ class Run:
 def prepare(config: dict[str, Any], data: DataSet | None = None) -> Run:
     """Load the data, decide what was left to `auto`, and name the run's folder."""
     data = load(config["dataset"]) if data is None else data
+    options.check_size(config, len(data.train))
     plain = config
     config = precision.decided(config, lambda: make_model(plain, data))
     facts = {k: getattr(data, k) for k in ("name", "checksum", "augment", "mean", "std")}

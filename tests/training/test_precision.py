@@ -48,6 +48,15 @@ def test_a_format_that_cannot_carry_the_bits_gives_way() -> None:
     assert decided("method=lsq", "bits=4", "options.first_last=32", "precision=bf16") == ("bf16", "bf16", [])
 
 
+def test_each_stage_trains_in_what_was_decided() -> None:
+    config = resolve_row([*SMALL, "method=lsq", "bits=10", "precision=bf16"])
+    stages = [{"name": name, "recipe": {"precision": p, "lr": 0.1}} for name, p in (("a", "bf16"), ("b", "auto"))]
+    config["method"]["stages"] = stages
+    found = precision.decided(config, lambda: ResNetCIFAR(channels=3, classes=10, size=16))["method"]["stages"]
+    assert found == [{**stage, "recipe": {"precision": "fp32", "lr": 0.1}} for stage in stages]
+    assert stages[0]["recipe"]["precision"] == "bf16"  # what was given is as it was
+
+
 def test_tf32_carries_11_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert decided("method=lsq", "bits=11", "precision=tf32") == ("tf32", "tf32", [])

@@ -95,13 +95,14 @@ def test_killed_at_random_steps(
     assert finished(tmp_path / "o", name) == straight(name)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_ctrl_c_saves_says_how_to_go_on_and_does(
-    process: Cli, cli: Cli, straight: Callable[[str], tuple[str, str]], tmp_path: Path
+    process: Cli, cli: Cli, straight: Callable[[str], tuple[str, str]], tmp_path: Path, number: int
 ) -> None:
     words = (*METHODS["pact"], *LONG, *TINY)
     one = process(*words)
     wait_for_step(tmp_path / "o", "pact", 20, one)
-    one.send_signal(signal.SIGINT)
+    one.send_signal(number)
     _, err = one.communicate(timeout=120)
     assert one.returncode == 130
     assert "The same command goes on" in err
