@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from qbench.config.bits import told
 from qbench.errors import UserError
 from qbench.records import read_config, read_result
 
@@ -23,6 +24,7 @@ COLUMNS = (
     "bits/weight",
     "bytes",
 )
+LEARNED = ("w_bits_learned", "a_bits_learned", "bits_per_weight", "bytes")  # each seed learns its own
 AXES = ("method", "w_bits", "a_bits", "model", "dataset", "budget", "protocol", "init")
 
 
@@ -34,12 +36,16 @@ def percent(value: float | None) -> str:
 def tell(folder: Path, result: Mapping[str, Any], line: Callable[[str], None]) -> None:
     """The whole story of one run, a few lines."""
     line("")
-    line(f"  {result['method']}  W{result['w_bits']:g} A{result['a_bits']:g}  {result['model']}  {result['dataset']}")
+    line(f"  {result['method']}  W{told(result, 'w')} A{told(result, 'a')}  {result['model']}  {result['dataset']}")
     line(f"  float parent          {percent(result['float_accuracy']):>7} %")
     if result["method"] != "float":
         line(f"  before training       {percent(result['accuracy_before_training']):>7} %   (calibrated only)")
         line(f"  after training        {percent(result['accuracy_last']):>7} %   (last epoch)")
     line(f"  best test epoch       {percent(result['accuracy_best']):>7} %   (epoch {result['epoch_best'] or 0:.4g})")
+    for site, what in (("w", "weights"), ("a", "activations")):
+        if f"{site}_bits_learned" in result:
+            learned, asked = result[f"{site}_bits_learned"], result[f"{site}_bits"]
+            line(f"  learned bits          {learned:>7.2f}     (mean of the {what}' codes; asked for: {asked:g})")
     line(
         f"  bits per weight       {result['bits_per_weight']:>7.2f}     (quantized layers, scales and padding counted)"
     )
@@ -81,12 +87,12 @@ def rows(results: Iterable[Mapping[str, Any]]) -> list[list[str]]:
         groups.setdefault(json.dumps([[result.get(k) for k in AXES], rest], sort_keys=True), []).append(result)
     table = []
     for group in groups.values():
-        r = group[0]
+        r = {**group[0], **{k: mean(g[k] for g in group) for k in LEARNED if k in group[0]}}
         method = r["method"] if len(group) == 1 else f"{r['method']} ({len(group)} seeds)"
-        cells = [method, f"{r['w_bits']:g}/{r['a_bits']:g}", r["model"], r["dataset"], r["budget"]]
+        cells = [method, f"{told(r, 'w')}/{told(r, 'a')}", r["model"], r["dataset"], r["budget"]]
         for key in ("float_accuracy", "accuracy_before_training", "accuracy_last", "accuracy_best"):
             cells.append(_spread([g.get(key) for g in group]))
-        table.append([*cells, f"{r['bits_per_weight']:.2f}", f"{r['bytes']:,}"])
+        table.append([*cells, f"{r['bits_per_weight']:.2f}", f"{round(r['bytes']):,}"])
     return table
 
 
@@ -100,7 +106,8 @@ def table(results: Iterable[Mapping[str, Any]], others: Iterable[list[str]] = ()
         "  ".join(c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
         for line in lines
     ]
-    return "\n".join([text[0].rstrip(), "-" * len(text[0]), *(t.rstrip() for t in text[1:])])
+    notes = ["*: bits that were learned, the mean over the codes"] if any("*" in line[1] for line in lines) else []
+    return "\n".join([text[0].rstrip(), "-" * len(text[0]), *(t.rstrip() for t in text[1:]), *notes])
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -29,6 +29,8 @@ KEPT = (
     "float_accuracy",
     "w_bits",
     "a_bits",
+    "w_bits_learned",
+    "a_bits_learned",
     "bits_per_weight",
     "bytes",
     "epochs",
