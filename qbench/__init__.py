@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from os import PathLike
 
     from torch.nn import Module
@@ -10,10 +11,16 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 
-def load(run: "str | PathLike[str]") -> "Module":
-    """The trained, quantized net of a finished run (its folder in outputs/), in eval mode."""
+def load(run: "str | PathLike[str]", allow: "Sequence[str]" = ()) -> "Module":
+    """The trained, quantized net of a finished run (its folder in outputs/), in eval mode.
+
+    From a folder only qbench's own classes, torch.nn, torch.optim and torchvision.models are built. `allow` names
+    further packages of which the net may be built; as it can run their code, only where you trust the folder.
+
+    Errors: qbench.errors.UserError naming the file that is missing or damaged, or what may not be built.
+    """
     from pathlib import Path
 
     from qbench.training.finished import rebuild
 
-    return rebuild(Path(run))
+    return rebuild(Path(run), allow)

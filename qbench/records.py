@@ -1,27 +1,99 @@
-"""What the files of a run hold, each read and checked in one place. No torch here."""
+"""What the files of a run hold, each read and checked in one place. No torch here.
 
+A file is refused as a whole, by name and field, or it is what was written: result.json seals itself with a checksum,
+and holds the SHA-256 of the files beside it that are read again. Files of before these were introduced are checked by
+their shape alone.
+"""
+
+import hashlib
 import json
+import math
+import re
 import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from qbench.errors import UserError
+from qbench.files import sha256_file
 
 METRICS = "metrics.jsonl"
 RESULT = "result.json"
+CONFIG = "config.yaml"
+BEFORE = "before.json"
+SEALED = (CONFIG, METRICS, "manifest.json")  # what `sealed` notes of a run's folder
+DEPTH = 64  # how deep lists and mappings of a file may lie in each other
+
+
+@dataclass(frozen=True)
+class Each:
+    """The shape of a mapping with any fields, whose values all have the shape `of`."""
+
+    of: Any
+
+
+NUMBER = (int, float)
+OPEN = (int, float, type(None))
+NAMES = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", dict: "a mapping"}
+NAMES |= {list: "a list", type(None): "null"}
+COUNTS = {"counts": [int], "values?": [NUMBER], "lo?": OPEN, "hi?": OPEN}
+DATA = {"name": str, "checksum": str, "augment": str, "mean?": [NUMBER], "std?": [NUMBER], "preprocess?": str}
+# Shapes: a type or several; {field: shape}, where "field?" may be missing; [shape] of a list; Each(shape).
+RESULT_SHAPE: dict[str, Any] = {
+    **dict.fromkeys(("method", "model", "dataset", "budget", "key", "protocol", "init"), str),
+    **dict.fromkeys(("w_bits", "a_bits", "bits_per_weight", "seconds"), NUMBER),
+    **dict.fromkeys(("accuracy_last", "accuracy_best", "epoch_best", "float_accuracy"), OPEN),
+    **dict.fromkeys(("accuracy_before_training", "epochs?", "seconds_total?", "images_per_s?"), OPEN),
+    **dict.fromkeys(("code?", "version?", "torch?", "device?", "kernels?", "precision?", "weights_sha256?"), str),
+    **dict.fromkeys(("seed", "bytes"), int),
+    "identity": {"data": DATA},
+    "files?": Each(str),
+}
+CONFIG_SHAPE: dict[str, Any] = {
+    "method": {"name": str},
+    "model": {"name": str},
+    **dict.fromkeys(("train", "options", "distill"), dict),
+    "dataset": {"name": str, **dict.fromkeys(("channels?", "classes?", "size?"), (int, type(None)))},
+    **dict.fromkeys(("w_bits", "a_bits"), NUMBER),
+    "seed": int,
+    "init": str,
+    "device": str,
+    "threads": (int, type(None)),
+    "channels_last": bool,
+}
+RECORD_SHAPE: dict[str, Any] = {
+    "step": int,
+    "epoch?": NUMBER,
+    "phase?": str,
+    **dict.fromkeys(("accuracy?", "loss?", "lr?"), OPEN),
+    "traces?": dict,
+    "telemetry?": Each(Each(OPEN)),
+    "histograms?": Each({"latent": COUNTS, "quantized": COUNTS, "codes": (dict, type(None))}),
+}
 
 
 def read_result(path: Path) -> dict[str, Any]:
     """The result.json at `path`.
 
-    Errors: UserError where it is corrupt.
+    Errors: UserError naming file and field where it is corrupt, or of another run than its folder's name says.
     """
-    try:
-        return _whole(json.loads(path.read_text()), "method")
-    except ValueError as error:
-        raise UserError(f"{path} is corrupt ({error}); move the folder away to run again") from error
+    content = _result(path)
+    content.pop("files", None)
+    folder = re.search(r"-([0-9a-f]{10})$", path.resolve().parent.name)
+    if folder and folder[1] != content["key"]:
+        raise UserError(f"{path} is of another run: its key is {content['key']}, not {folder[1]}; move it away")
+    return content
+
+
+def _result(path: Path) -> dict[str, Any]:
+    with named(path):
+        content: dict[str, Any] = opened(parsed(text_of(path)))
+        check(content, RESULT_SHAPE)
+    return content
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -29,19 +101,40 @@ def read_config(folder: Path) -> dict[str, Any]:
 
     Errors: UserError where there is none, or a corrupt one.
     """
-    path = folder / "config.yaml"
-    if not path.is_file():
+    path = folder / CONFIG
+    if not path.exists():
         raise UserError(f"{folder} is not a finished run: it has no config.yaml")
-    try:
-        return _whole(yaml.load(path.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader)), "dataset")
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{path} is corrupt ({error}); move the folder away to run again") from error
-
-
-def _whole(content: Any, key: str) -> dict[str, Any]:
-    if not isinstance(content, dict) or key not in content:
-        raise ValueError(f"it has no '{key}'")
+    with named(path):
+        content: dict[str, Any] = _yaml(text_of(path))
+        check(content, CONFIG_SHAPE)
     return content
+
+
+def read_before(folder: Path) -> float | None:
+    """The accuracy that an unfinished run had before its training; None where it started from scratch.
+
+    Errors: UserError where the file is missing or corrupt.
+    """
+    with named(folder / BEFORE):
+        content = opened(parsed(text_of(folder / BEFORE)))
+        check(content, {"accuracy_before_training": OPEN})
+    return content["accuracy_before_training"]  # type: ignore[no-any-return]
+
+
+def read_notes(folder: Path) -> str:
+    """notes.md of a card's results, written by hand; empty where there is none.
+
+    Nothing vouches for a text that anyone may edit, but one that was cut off seldom ends in a whole line.
+
+    Errors: UserError where it is empty, is not UTF-8 or does not end in a newline.
+    """
+    path = folder / "notes.md"
+    if not path.exists():
+        return ""
+    text = text_of(path)
+    if not text.strip() or not text.endswith("\n"):
+        raise UserError(f"{path} looks cut off: it is empty or its last line has no end; restore it, or end that line")
+    return text
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
@@ -52,37 +145,163 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     if not folder.is_dir():
         raise UserError(f"no folder {folder}; results lie where out=DIR put them (outputs by default)")
     found = []
-    for path in sorted(folder.rglob("result.json")):
-        try:
+    for path in sorted(folder.rglob(RESULT)):
+        with leaving_out():
             found.append({**read_result(path), "folder": str(path.parent)})
-        except UserError as error:
-            print(f"left out: {error}", file=sys.stderr)
     return found
+
+
+@contextmanager
+def leaving_out() -> Iterator[None]:
+    """Name on stderr, and leave out, what a damaged file would have given; the rest goes on."""
+    try:
+        yield
+    except UserError as error:
+        print(f"left out: {error}", file=sys.stderr)
+
+
+def trained(result: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """`result` of a float parent. Errors: UserError where nothing was trained (epochs=0)."""
+    if result["accuracy_last"] is None:
+        raise UserError(
+            f"the float parent in {folder} was not trained (epochs=0): give it parent.epochs, or init=scratch"
+        )
+    return dict(result)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The records of `folder`/metrics.jsonl in the order written; none when there is no such file.
 
-    A last line that a kill cut short is left out.
+    A last line that a kill cut short is left out; of a finished run nothing may be missing.
 
     Errors: UserError naming file and line when any other line is not a record.
     """
     path = Path(folder) / METRICS
     if not path.exists():
         return []
-    text = path.read_text(errors="replace")
-    lines = text.split("\n")  # the last one is empty unless it was cut short
+    lines = text_of(path).split("\n")  # the last one is empty unless it was cut short
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
+            record = parsed(line)
         except ValueError:
             if number == len(lines):
                 break
             record = None
-        if not isinstance(record, dict) or "step" not in record:
+        try:
+            check(record, RECORD_SHAPE)
+        except ValueError as error:
             raise UserError(
-                f"{path}, line {number}: not a record: '{line[:60]}'. Delete that line or the run's folder."
-            )
+                f"{path}, line {number}: not a record ({error}): '{line[:60]}'. Delete that line or the run's folder."
+            ) from error
         records.append(record)
     return records
+
+
+def sealed(content: Mapping[str, Any], folder: Path | None = None) -> dict[str, Any]:
+    """`content` with its checksum and, of a run in `folder`, the SHA-256 of the files beside it."""
+    content = {k: v for k, v in content.items() if k != "checksum"}
+    if folder is not None:
+        content["files"] = {n: sha256_file(folder / n) for n in SEALED if (folder / n).is_file()}
+    return {**content, "checksum": _checksum(content)}
+
+
+def opened(content: Any) -> Any:
+    """`content` without its checksum, which is checked where there is one. Errors: ValueError where it differs."""
+    if not isinstance(content, dict) or "checksum" not in content:
+        return content
+    inner = {k: v for k, v in content.items() if k != "checksum"}
+    if content["checksum"] != _checksum(inner):
+        raise ValueError("its content does not have the checksum that stands in it")
+    return inner
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def check(value: Any, shape: Any, place: str = "") -> None:
+    """Compare parsed JSON with a shape (see RESULT_SHAPE). Errors: ValueError naming the field."""
+    kind: Any = dict if isinstance(shape, dict | Each) else list if isinstance(shape, list) else shape
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        names = " or ".join(NAMES[k] for k in kinds if k is not int or float not in kinds)
+        raise ValueError(f"{place or 'it'} must be {names}, got {json.dumps(value, default=str)[:40]}")
+    inner: Iterable[tuple[Any, Any, Any]] = ()
+    if isinstance(shape, dict):
+        missing = [k for k in shape if not k.endswith("?") and k not in value]
+        if missing:
+            raise ValueError(f"{place or 'it'} has no '{missing[0]}'")
+        inner = ((n, value[n], s) for k, s in shape.items() if (n := k.rstrip("?")) in value)
+    elif isinstance(shape, Each):
+        inner = ((k, v, shape.of) for k, v in dict(value).items())
+    elif isinstance(shape, list):
+        inner = ((i, v, shape[0]) for i, v in enumerate(value))
+    for name, part, its in inner:
+        check(part, its, f"{place}.{name}" if place else str(name))
+
+
+def parsed(text: str) -> Any:
+    """The JSON in `text`; numbers are finite. Errors: ValueError."""
+
+    def refuse(word: str) -> None:
+        raise ValueError(f"{word} is no number")
+
+    def number(word: str) -> float:
+        value = float(word)
+        if not math.isfinite(value):
+            refuse(word)
+        return value
+
+    def whole(word: str) -> int:
+        number(word)  # what no float can hold is nobody's count, and fails where it is written out
+        return int(word)
+
+    try:
+        return json.loads(text, parse_constant=refuse, parse_float=number, parse_int=whole)
+    except RecursionError as error:
+        raise ValueError("lists or mappings lie too deep in each other") from error
+
+
+def _yaml(text: str) -> Any:
+    """The YAML in `text`, no deeper than DEPTH and without aliases: both can cost all memory. Errors: ValueError."""
+    depth = 0
+    for bracket in re.findall(r"[\[\]{}]", text):
+        depth += 1 if bracket in "[{" else -1
+        if depth > DEPTH:
+            raise ValueError(f"brackets lie more than {DEPTH} deep in each other")
+    loader, depth = getattr(yaml, "CSafeLoader", yaml.SafeLoader), 0
+    try:
+        for event in yaml.parse(text, loader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEPTH or isinstance(event, yaml.AliasEvent):
+                raise ValueError(f"it has an alias, or is nested more than {DEPTH} deep")
+        return yaml.load(text, loader)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+
+
+def text_of(path: Path) -> str:
+    """The text of a file that is as the run beside it has left it. Errors: UserError naming it."""
+    if not path.is_file():  # nothing ever comes out of a pipe
+        raise UserError(f"{path} is not a file")
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    beside = path.parent / RESULT
+    if path.name in SEALED and beside.is_file():
+        noted = _result(beside).get("files", {}).get(path.name)
+        if noted not in (None, hashlib.sha256(data).hexdigest()):
+            raise UserError(f"{path} is corrupt: it is not what the run has written; move the folder away to run again")
+    with named(path):
+        return data.decode()
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """A ValueError while reading `path` becomes a UserError that names it."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{path} is corrupt ({error}); move the folder away to run again") from error

@@ -15,7 +15,7 @@ from qbench.errors import UserError
 
 PACKAGE = Path(__file__).resolve().parent.parent / "qbench"
 FILES = sorted(PACKAGE.rglob("*.py"))
-LEAVES = ("errors", "files", "screen", "quant.ops", "quant.ranges", "quant.packing", "config.recipe", "config.bits")
+LEAVES = ("errors", "files", "screen", "quant.ops", "quant.ranges", "quant.packing", "config.kinds", "config.bits")
 # Rooms and modules that a command without computing may load: torch takes seconds.
 LIGHT = ("config", "cli", "papers", "errors", "files", "records", "screen", "figures.report", "methods.shared.xor_spec")
 # What each room may import, beside errors, files, records and itself.

@@ -1,6 +1,7 @@
-"""scripts/xnor_k.py: the parts of K, and how the inputs' strength varies."""
+"""scripts/xnor_k.py: the parts of K, and how the inputs' strength varies; scripts/attack.py: damage is noticed."""
 
 import importlib.util
+import random
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -9,20 +10,27 @@ import pytest
 import torch
 from torch import nn
 
+from qbench.errors import UserError
+from qbench.figures import report
 from qbench.methods.shared.binary import Sign
 from qbench.methods.xnor import XnorLayer
+from qbench.records import read_result
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("xnor_k", ROOT / "scripts" / "xnor_k.py")
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def script() -> ModuleType:
+    return load("xnor_k")
 
 
 def test_the_variants_are_the_parts_of_k(script: ModuleType) -> None:
@@ -57,3 +65,31 @@ def test_what_it_cannot_do_is_answered_with_what_it_can(process: Any) -> None:
     _, error = asked.communicate()
     assert asked.returncode == 1
     assert "VARIANT: unpadded, image, pattern, batch" in error
+
+
+def test_a_damaged_result_of_old_is_refused_by_name_or_shown(tmp_path: Path) -> None:
+    """1,000 of the mutations of scripts/attack.py, of a result.json that vouches for nothing: never another error."""
+    attack, (source, *_) = load("attack"), sorted((ROOT / "docs" / "results").rglob("result.json"))
+    whole, path = source.read_bytes(), tmp_path / "result.json"
+    assert "checksum" not in attack.json.loads(whole)
+    refused = shown = 0
+    for seed in range(1000):
+        chance = random.Random(seed)
+        way = (attack.change_field, attack.flip, attack.cut, attack.take_out)[seed % 4]
+        path.write_bytes(way(whole, chance)[0])
+        try:
+            result = read_result(path)
+        except UserError as error:
+            refused += str(path) in str(error)
+            continue
+        shown += 1
+        report.table([{**result, "folder": "x"}])
+        report.tell(tmp_path, result, str)
+    assert refused + shown == 1000
+    assert shown > 100
+    assert refused > 300
+
+
+@pytest.mark.slow
+def test_attacks_on_every_file_come_to_nothing(tmp_path: Path) -> None:
+    assert load("attack").attack_all(attacks=8, seed=1, only=set()) == 0

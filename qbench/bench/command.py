@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from qbench.bench import gpu, memory, page, peers, speed, whole
+from qbench.bench import busy, gpu, memory, page, peers, speed, whole
 from qbench.bench.setting import Setting, use_kernels
 from qbench.bench.timing import Entry
 from qbench.cli.usage import HELP
 from qbench.config import catalog
+from qbench.config.recipe import KERNELS
 from qbench.errors import UserError, nearest, unknown
 from qbench.files import atomic_write
 from qbench.training import device
@@ -95,7 +96,7 @@ def _setting(words: dict[str, str], only: tuple[str, ...]) -> Setting:
     )
     for name, values, allowed in (
         ("model", setting.models, catalog.names("model")),
-        ("kernels", setting.kernels, ("auto", "cpp", "numba", "compile", "torch")),
+        ("kernels", setting.kernels, KERNELS),
         ("precision", setting.precisions, ("fp32", "tf32", "bf16") if on_gpu else ("fp32", "bf16")),
     ):
         for value in values:
@@ -124,6 +125,7 @@ def jobs(s: Setting) -> dict[str, Callable[[], Iterator[Entry]]]:
     found |= {"cost/*": partial(whole.records, s), "start/*": partial(whole.start, s)}
     if not s.quick:
         found["sweep/12"] = partial(whole.sweep, s)
+        found["busy"] = partial(busy.steps, s)
         found |= {"accuracy/digits": partial(whole.bf16, s), "accuracy/kernels": partial(whole.kernels, s)}
     return found
 

@@ -24,6 +24,7 @@ SECTIONS = {
     "cost": "Checkpoints and records, as a share of the training that they interrupt",
     "start": "The start of the program",
     "sweep": "A sweep of twelve runs",
+    "busy": "A plain float step beside other programs, by how OpenMP's threads wait",
     "accuracy": "What bf16 and the kernels cost in accuracy",
     "gpu": "On a GPU",
 }
@@ -59,7 +60,7 @@ def _rows(head: list[str], rows: list[list[str]]) -> str:
 
 def _plain(entries: list[Entry]) -> str:
     """One row per entry."""
-    head = ["what", "mode", "ratio", "time", "images/s", "memory", "accuracy", "against", "auto takes"]
+    head = ["what", "mode", "ratio", "time", "images/s", "memory", "accuracy", "against"]
     rows = [
         [
             e["name"],
@@ -70,7 +71,6 @@ def _plain(entries: list[Entry]) -> str:
             _memory(e),
             _accuracy(e, ""),
             _accuracy(e, "base_"),
-            (e.get("values") or {}).get("auto", ""),
         ]
         for e in entries
     ]

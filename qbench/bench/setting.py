@@ -61,7 +61,7 @@ class Setting:
 
 
 def use_kernels(mode: str) -> str:
-    """Switch to a tier of kernels; returns its name on the page: compiler, numba or torch."""
+    """Switch to a tier of kernels; returns its name on the page: compiler, compile or torch."""
     from qbench import kernels
 
     tier = kernels.use(mode)

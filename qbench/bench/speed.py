@@ -20,10 +20,8 @@ from qbench.bench.setting import (
 from qbench.bench.timing import Act, Entry, alternate, compared
 from qbench.config import catalog
 from qbench.config.resolve import NotApplicable
-from qbench.data import load
 from qbench.errors import UserError
-from qbench.training import device, precision
-from qbench.training.build import make_model
+from qbench.training import device
 
 FORMATS = {"nchw": False, "channels_last": True}
 QUICK = ("float", "pact", "lsq", "dorefa")
@@ -94,17 +92,13 @@ def _step(s: Setting, method: str, model: str, config: dict[str, Any], numbers: 
 
 
 def depthwise(s: Setting) -> Iterator[Entry]:
-    """bf16 on nets of depthwise convolutions, with what precision=auto takes there, and the steps of two methods."""
+    """bf16 on nets of depthwise convolutions (precision=auto is fp32 there), and the steps of two methods."""
     for model in DEPTHWISE:
         few = replace(s, batch=min(s.batch, 32), rounds=min(s.rounds, 3), known={})
         config, place = few.config("float", model), s.place()
-        data = load(config["dataset"])
-        shape = (data.channels, data.size, data.classes)
-        times = precision.time_steps(make_model(config, data), few.batch, shape, place, True)
-        fp32, bf16 = times["fp32"], times["bf16"]
-        taken = {"auto": precision.fastest(times)}
-        of, rate = "the float net in fp32, channels_last", few.batch / bf16
-        yield Entry("depthwise/float", "bf16", bf16 / fp32, of, bf16, fp32, rate, model, few.batch, values=taken)
+        times = alternate({p: stock_step(config, place, p) for p in ("fp32", "bf16")}, few.rounds)
+        of = "the float net in fp32, channels_last"
+        yield compared("depthwise/float", "bf16", times, "bf16", "fp32", of, model=model, batch=few.batch)
         for method in ("pact", "lsq"):
             for numbers in s.precisions:
                 for mode in s.kernels:

@@ -18,7 +18,7 @@ from PIL import Image
 from qbench.bench.setting import Setting, stock_step, trainer
 from qbench.bench.timing import Act, Entry, alternate, ratio
 from qbench.data import Batches, Split, Stream, StreamBatches
-from qbench.data.folders import decode, decode_all
+from qbench.data.images import decode, decode_all
 from qbench.errors import UserError
 from qbench.training import device
 from qbench.training.recorder import Recorder

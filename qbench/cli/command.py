@@ -2,17 +2,24 @@
 
 import json
 import os
+import signal
 import sys
-import tempfile
 import traceback
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qbench.cli.overrides import check, check_options, forced, parse, resolve_row
+from qbench.cli.overrides import SYNONYMS, check, check_options, forced, parse, resolve_row
+from qbench.cli.texts import typed
 from qbench.cli.usage import HELP, USAGE
+from qbench.cli.waiting import sleep_while_waiting
 from qbench.config import catalog
+from qbench.config.kinds import seconds
+from qbench.config.options import OPTIONS
 from qbench.errors import UserError, unknown
+from qbench.screen import Screen, say, speak_any_encoding
+from qbench.training.interrupt import SWEEP, Interrupted, handling, interrupt, status, stop_sweep, time_limit
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -31,6 +38,13 @@ FLAGS = (*ASKING[1:], *FLAGS_WITH_VALUE, *SWITCHES, "--experimental-rerun")  # H
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit status."""
     args = list(sys.argv[1:] if argv is None else argv)
+    sleep_while_waiting()
+    speak_any_encoding()
+    with handling((signal.SIGTERM,), interrupt):
+        return _answered(args)
+
+
+def _answered(args: list[str]) -> int:
     debug = any(a.strip().lower() in ("debug=true", "debug=1") for a in args)
     try:
         return _dispatch(args)
@@ -41,10 +55,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print("qbench: stopped. The same command goes on from the last checkpoint.", file=sys.stderr)
-        return 130
+        return status()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except RecursionError:
+        print("qbench: a file holds brackets within brackets, too deep to read", file=sys.stderr)
+        return 2
     except Exception as error:
         if debug:
             raise
@@ -93,10 +110,13 @@ def _table(args: list[str]) -> int:
     from qbench.figures import report
     from qbench.records import read_results
 
-    if len(args) > 1:
-        raise UserError(f"qbench table takes one folder, got {len(args)}")
-    results = read_results(Path(args[0] if args else "outputs"))
-    print(report.table(results))
+    places = [a for a in args if not a.startswith("format=")]
+    form = next((a.removeprefix("format=") for a in args if a.startswith("format=")), "text")
+    if form not in report.FORMATS:
+        raise unknown("format", form, report.FORMATS)
+    if len(places) > 1:
+        raise UserError(f"qbench table takes one folder, got {len(places)}")
+    print(report.table(read_results(Path(places[0] if places else "outputs")), form=form))
     return 0
 
 
@@ -118,13 +138,20 @@ def _evaluate(args: list[str]) -> int:
         raise UserError(f"no such run or checkpoint: {path}")
     if (folder / "config.yaml").is_file() and (path.is_dir() or path.name == "model.pt"):
         given = {o.key_or_group: o.value() for o in parse(overrides)}
+        place, packages = given.pop("device", None), given.pop("allow", [])
         strange = [key for key in given if not key.startswith("dataset.")]
         if strange:
-            raise UserError(f"a run is evaluated as it was trained; only dataset.* may be set, got {strange[0]}")
+            raise UserError(
+                f"a run is evaluated as it was trained; only dataset.*, device and allow may be set, got {strange[0]}"
+            )
+        if place not in (None, "auto", "cpu", "cuda"):
+            raise unknown("device", str(place), ("auto", "cpu", "cuda"))
+        allow = [str(p) for p in packages] if isinstance(packages, list) else str(packages).split(",")
         from qbench.figures.report import percent
         from qbench.training.finished import evaluate
 
-        result, loss, accuracy = evaluate(folder, {k.removeprefix("dataset."): v for k, v in given.items()})
+        dataset = {k.removeprefix("dataset."): v for k, v in given.items()}
+        result, loss, accuracy = evaluate(folder, dataset, None if place is None else str(place), allow)
         recorded = percent(result.get("accuracy_last"))
         print(f"{folder}: accuracy {accuracy:.2f} %, loss {loss:.4f} (recorded: {recorded} %)")
         return 0
@@ -144,6 +171,11 @@ def split(args: Sequence[str]) -> tuple[list[str], list[str]]:
     for arg in rest:
         if arg.startswith("-"):
             if (flag := arg.partition("=")[0]) not in FLAGS:
+                option = flag.lstrip("-").replace("-", "_")
+                if option in (*OPTIONS, *catalog.GROUPS) or option in SYNONYMS:
+                    right = SYNONYMS.get(option, option)
+                    value = arg.partition("=")[2] or next(rest, "VALUE")
+                    raise UserError(f"options are written name=value: {right}={value} in place of {flag}")
                 raise unknown("flag", flag, FLAGS)
             flags.append(arg)
             if arg in FLAGS_WITH_VALUE:
@@ -156,45 +188,40 @@ def split(args: Sequence[str]) -> tuple[list[str], list[str]]:
 def _hydra(args: list[str]) -> int:
     flags, overrides = split(args)
     sweep = any(f in ("-m", "--multirun") for f in flags)
-    own_conf = any(f.partition("=")[0] in OWN_CONF for f in flags)
-    if not own_conf:
-        check(overrides, sweep)
-        overrides = forced(overrides) if sweep else overrides
+    check(overrides, sweep, _own_folder(flags))
+    overrides = typed(forced(overrides) if sweep else overrides, sweep)
     import hydra
-
-    from qbench.cli.sweep import table, workers
 
     run: Callable[[], Any] = hydra.main(
         config_path=str(catalog.conf_folder()), config_name="config", version_base="1.3"
     )(job)
     sys.argv = ["qbench", *flags, *overrides]  # argparse wants flags first
-    if not sweep:
+    limit = next((o.partition("=")[2] for o in reversed(overrides) if o.lstrip("+").startswith("time_limit=")), None)
+    with time_limit(seconds(limit) if limit else None):
+        if sweep:
+            from qbench.cli.sweep import sweep_of
+
+            return sweep_of(run, overrides)
         run()
         outcome = SINGLE.pop() if SINGLE else 0
         if isinstance(outcome, BaseException):
             raise outcome
         return outcome
-    with tempfile.TemporaryDirectory(prefix="qbench-sweep-") as folder:
-        os.environ["QBENCH_SWEEP"] = folder
-        try:
-            with workers(overrides):
-                run()
-        finally:
-            del os.environ["QBENCH_SWEEP"]
-            status = table(Path(folder))
-    return status
+
+
+def _own_folder(flags: Sequence[str]) -> Path | None:
+    """The folder of the user's own configuration. Errors: UserError where there is none at the place named."""
+    given = [f.partition("=")[2] or after for f, after in pairwise([*flags, ""]) if f.partition("=")[0] in OWN_CONF]
+    if given and not (given[0] and Path(given[0]).is_dir()):
+        raise UserError(f"{OWN_CONF[0]}: no folder {given[0] or '(none named)'}")
+    return Path(given[0]) if given else None
 
 
 def job(config: "DictConfig") -> int | float:
     """One run, for Hydra: the exit status alone, the objective (test accuracy of the last epoch) in a sweep."""
     from qbench.config.resolve import NotApplicable, resolve
 
-    folder = os.environ.get("QBENCH_SWEEP")
-    # joblib ends a worker that grew by 300 MB, as if it leaked; ours keep freed memory on purpose (training/device.py).
-    if executor := sys.modules.get("joblib.externals.loky.process_executor"):
-        executor._MAX_MEMORY_LEAK_SIZE = sys.maxsize  # type: ignore[attr-defined]
-    debug = bool(config.debug)
-    if folder is None:
+    if SWEEP not in os.environ:
         try:
             SINGLE.append(_one(resolve(config)))
         except BaseException as error:
@@ -202,45 +229,46 @@ def job(config: "DictConfig") -> int | float:
         return 0
     from hydra.core.hydra_config import HydraConfig
 
+    from qbench.cli.sweep import Cell
+
     at = HydraConfig.get()
-    note: dict[str, Any] = {"overrides": [o.removeprefix("++") for o in at.overrides.task], "status": "done"}
-    print(f"\n[{at.job.num + 1}] {' '.join(note['overrides'])}", flush=True)
+    words = [o.removeprefix("++") for o in at.overrides.task]
+    cell = Cell.begin(at.job.num, words)
+    if cell.settled:
+        return float("nan")
     bits = config.bits or "/".join(str(config[k] or "-") for k in ("w_bits", "a_bits"))
     names = [config[group].name for group in ("method", "model", "dataset", "budget")]
+    note: dict[str, Any] = {"overrides": words, "status": "done", "out": str(config.out)}
     note["cells"] = [names[0], str(bits), *names[1:]]
     try:
         check_options(at.runtime.choices["method"], at.overrides.task)
-        note |= _cell(resolve(config))
+        note |= _cell(resolve(config), cell.screen)
     except NotApplicable as error:
         note |= {"status": "n/a", "error": str(error)}
+    except (Interrupted, KeyboardInterrupt) as error:
+        stop_sweep()
+        note |= {"status": "stopped", "error": str(error) or "stopped before its first step"}
     except Exception as error:
-        from qbench.training.interrupt import Interrupted
-
-        if isinstance(error, Interrupted):
-            print(f"qbench: {error}", file=sys.stderr)
-            raise KeyboardInterrupt from error
-        if debug:
+        if config.debug:
             traceback.print_exc()
         text = str(error) if isinstance(error, UserError) else _unexpected(error)
         note |= {"status": "failed", "error": text}
     if "error" in note:
-        print(f"  {note['status']}: {note['error']}", flush=True)
-    from qbench.files import atomic_write
-
-    atomic_write(Path(folder) / f"{at.job.num:05d}.json", json.dumps(note))
+        cell.screen.line(f"  {note['status']}: {note['error']}")
+    cell.end(note)
     return float((note.get("result") or {}).get("accuracy_last") or float("nan"))
 
 
-def _cell(config: dict[str, Any]) -> dict[str, Any]:
+def _cell(config: dict[str, Any], screen: Screen) -> dict[str, Any]:
     """A run of a sweep, or its plan; returns what there is to note."""
     if config["plan"]:
         _plan(config)
         return {"status": "planned"}
     from qbench.training.execute import execute
 
-    result = execute(config)
+    result = execute(config, screen)
     if result.get("reused"):
-        print(f"  skipped, done before: {result['accuracy_last']} %")
+        screen.line(f"  skipped, done before: {result['accuracy_last']} %")
     return {"result": result}
 
 
@@ -251,15 +279,14 @@ def _one(config: dict[str, Any]) -> int:
         return 0
     from qbench.figures.report import tell
     from qbench.training.execute import execute
-    from qbench.training.interrupt import Interrupted
 
     try:
         result = execute(config)
     except Interrupted as error:
         print(f"qbench: {error}", file=sys.stderr)
-        return 130
+        return status()
     if result.get("reused"):
-        tell(Path(result["folder"]), result, print)
+        tell(Path(result["folder"]), result, say)
     return 0
 
 

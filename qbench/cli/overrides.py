@@ -2,9 +2,12 @@
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qbench.cli.texts import typed
 from qbench.config import catalog
+from qbench.config.options import HYDRA, OPTIONS
 from qbench.errors import UserError, nearest, unknown
 
 if TYPE_CHECKING:
@@ -28,12 +31,26 @@ SYNONYMS = {
 }
 
 
-def compose(overrides: Sequence[str]) -> "DictConfig":
-    """The configuration as Hydra composes it."""
-    import hydra
+# What may be added with + or ++: its class, or the merging of recipes, refuses what it does not know.
+OPEN = ("model.", "budget.parent.", "budget.finetune.", "budget.scratch.", "hydra.")
 
+
+_RULES = (
+    "{} would take the place of every rule of the method. Write a method of your own (mine.yaml in FOLDER/method, with "
+    "--config-dir=FOLDER), or set what a rule holds: method.rules.0.weight.bits=8"
+)
+
+
+def compose(overrides: Sequence[str], own: Path | None = None) -> "DictConfig":
+    """The configuration as Hydra composes it, with the files of the user's `own` folder."""
+    import hydra
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    if own is not None:
+        place = QuotedString(text=f"file://{own.resolve()}", quote=Quote.single).with_quotes()
+        overrides = [f"hydra.searchpath=[{place}]", *overrides]
     with hydra.initialize_config_dir(str(catalog.conf_folder()), version_base="1.3"):
-        return hydra.compose("config", overrides=list(overrides))
+        return hydra.compose("config", overrides=typed(overrides))
 
 
 def resolve_row(overrides: Sequence[str]) -> dict[str, Any]:
@@ -59,9 +76,11 @@ def parse(overrides: Sequence[str], sweep: bool = False) -> "list[Override]":
         if "=" not in text and not text.startswith("~"):
             raise UserError(f"'{text}' is not of the form name=value. Example: method=pact bits=4")
     try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
+        parsed = OverridesParser.create().parse_overrides(typed(overrides, sweep))
     except HydraException as error:
-        raise UserError(f"cannot read the command line: {str(error).splitlines()[0]}") from error
+        raise UserError(f"cannot read the command line: {str(error).splitlines()[0]:.200}") from error
+    except RecursionError:
+        raise UserError("cannot read the command line: brackets within brackets, too deep") from None
     for p in parsed:
         if p.is_sweep_override() and not sweep:
             raise UserError(f"{p.input_line} has several values: add -m to run one after the other")
@@ -85,57 +104,103 @@ def check_options(method: str, overrides: Sequence[str]) -> None:
             raise NotApplicable(str(unknown(f"option of method={method}", option[1], catalog.options(method))))
 
 
-def check(overrides: Sequence[str], sweep: bool = False) -> None:
-    """Check the names in `overrides` and, of a sweep, its first cell; errors offer the nearest right name."""
-    from hydra.errors import HydraException
+def check(overrides: Sequence[str], sweep: bool = False, own: Path | None = None) -> None:
+    """Check the names in `overrides`, every value of a sweep, and its first cell; errors offer the nearest right name.
+
+    own: a folder of the user's own configuration.
+    """
+    from hydra.errors import HydraException, MissingConfigException
     from omegaconf.errors import OmegaConfBaseException
 
     from qbench.config.resolve import NotApplicable, resolve
 
     plain, groups, first = [], [], []
     methods: list[str] = []
+    strange = False  # whether a name is added that Hydra would take, right or wrong
     for p in parse(overrides, sweep):
-        values = _values(p)
-        if p.key_or_group in catalog.GROUPS and not p.is_delete() and p.package is None:
-            for value in values:
-                if value not in catalog.names(p.key_or_group):
-                    raise unknown(p.key_or_group, value, catalog.names(p.key_or_group))
+        values = _values(p, own)
+        _check_values(p, values, own)
+        if p.key_or_group in catalog.GROUPS and p.package is None:
             groups.append(f"{p.key_or_group}={values[0]}")
-            methods += values if p.key_or_group == "method" else ()
-        elif not (p.is_add() or p.is_force_add() or p.is_delete() or p.key_or_group.startswith("hydra")):
-            plain.append(p.key_or_group)
+            methods += map(str, values if p.key_or_group == "method" else ())
+        elif not p.key_or_group.startswith("hydra"):
+            added = p.is_add() or p.is_force_add()
+            if not (added and p.key_or_group.startswith(OPEN)):
+                plain.append(p.key_or_group)
+                strange |= added
         line = str(p.input_line)
-        first.append(f"{line.partition('=')[0]}={values[0]}" if p.is_sweep_override() else line)
-    words = [f for f in first if not f.startswith("hydra")]
-    if sweep:  # `forced` lets any option pass
-        _check_names(plain, groups, methods)
+        first.append(f"{line.partition('=')[0]}={_first(p, values)}" if p.is_sweep_override() else line)
+    if sweep or strange:  # `forced` lets any option pass
+        _check_names(plain, groups, methods, own)
     try:
-        resolve(compose(forced(words) if sweep else words))
+        resolve(compose(forced(first) if sweep else first, own))
     except NotApplicable:
         if not sweep:
             raise
+    except MissingConfigException as error:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        raise unknown(group, name, error.options or ()) from error
     except (HydraException, OmegaConfBaseException) as error:
-        _check_names(plain, groups, methods)
+        _check_names(plain, groups, methods, own)
         reason = str(error).splitlines()[0]
         raise UserError(f"cannot put the configuration together: {reason}") from error
 
 
-def _values(p: "Override") -> list[str]:
-    """What `p` says, one by one; of an interval, in which an optimizer searches, the lower end."""
-    from hydra.core.override_parser.types import Glob, IntervalSweep
+def _check_values(p: "Override", values: Sequence[Any], own: Path | None) -> None:
+    """Check what is wrong whatever the other words are."""
+    key = p.key_or_group
+    if p.is_delete():
+        raise UserError(f"{p.input_line}: no option can be taken away; {key}=null leaves it open where it may be null")
+    if key == "method.rules":
+        raise UserError(_RULES.format(p.input_line))
+    if key in catalog.GROUPS and p.package is None:
+        known = _names(key, own)
+        for value in values:
+            if value not in known:
+                raise unknown(key, str(value), known)
+    kind = {**OPTIONS, **HYDRA}.get(key)
+    if kind and (p.is_sweep_override() or key in HYDRA):  # all others are checked as they are composed
+        for value in values:
+            kind.check(key, value)
+
+
+def _names(group: str, own: Path | None) -> list[str]:
+    """What a group holds, in our configuration and in the user's own."""
+    return sorted(
+        {*catalog.names(group), *(p.stem for p in (own / group).glob("*.yaml"))} if own else catalog.names(group)
+    )
+
+
+def _values(p: "Override", own: Path | None) -> list[Any]:
+    """What `p` says, one by one; of an interval, in which an optimizer searches, the lower end.
+
+    Errors: UserError where it says nothing, or an interval where a width is asked for.
+    """
+    from hydra.core.override_parser.types import Glob, IntervalSweep, QuotedString
 
     value = p.value()
     if isinstance(value, IntervalSweep):
-        return [str(value.start)]
+        if p.key_or_group in ("bits", "w_bits", "a_bits"):
+            raise UserError(f"{p.input_line} would draw any number between; name the widths: {p.key_or_group}=2,3,4")
+        return [value.start]
     if isinstance(value, Glob):
-        fitting = value.filter(catalog.names(p.key_or_group))
-        if not fitting:
-            raise UserError(f"{p.input_line} fits nothing")
-        return fitting
-    return list(p.sweep_string_iterator()) if p.is_sweep_override() else [p.get_value_element_as_str()]
+        found: list[Any] = list(value.filter(_names(p.key_or_group, own)))
+    else:
+        found = list(p.sweep_iterator()) if p.is_sweep_override() else [value]
+    if not found:
+        raise UserError(f"{p.input_line} fits nothing")
+    return [v.text if isinstance(v, QuotedString) else v for v in found]
 
 
-def _check_names(keys: Sequence[str], groups: Sequence[str], methods: Sequence[str]) -> None:
+def _first(p: "Override", values: Sequence[Any]) -> str:
+    """The first value of a sweep, as the command line would have it."""
+    from hydra.core.override_parser.types import Glob, IntervalSweep
+
+    plain = isinstance(p.value(), (Glob, IntervalSweep))
+    return str(values[0]) if plain else next(iter(p.sweep_string_iterator()))
+
+
+def _check_names(keys: Sequence[str], groups: Sequence[str], methods: Sequence[str], own: Path | None = None) -> None:
     """Every key must exist in the configuration of these groups, an option in one at least of `methods`."""
     from omegaconf import OmegaConf
 
@@ -147,8 +212,8 @@ def _check_names(keys: Sequence[str], groups: Sequence[str], methods: Sequence[s
             if isinstance(value, dict):
                 walk(value, f"{prefix}{key}.")
 
-    walk(OmegaConf.to_container(compose(groups)), "")
-    known += [f"options.{o}" for method in methods[1:] for o in catalog.options(method)]
+    walk(OmegaConf.to_container(compose(groups, own)), "")
+    known += [f"options.{o}" for m in methods[1:] if m in catalog.names("method") for o in catalog.options(m)]
     for key in keys:
         if key in known or key in catalog.GROUPS or re.sub(r"[.\[]\d+\]?", "", key) in known:
             continue
@@ -157,8 +222,8 @@ def _check_names(keys: Sequence[str], groups: Sequence[str], methods: Sequence[s
         hint = inner[0] if inner else _nearest(key, known)
         inside = {k.rpartition(".")[0] for k in known}
         options = [k for k in dict.fromkeys(known) if re.fullmatch(r"options\.\w+", k) and k not in inside]
-        own = ", ".join(options) or "none"
-        more = f" Options of method={','.join(methods) or 'pact'}: {own}." if "options" in key or not hint else ""
+        theirs = ", ".join(options) or "none"
+        more = f" Options of method={','.join(methods) or 'pact'}: {theirs}." if "options" in key or not hint else ""
         raise UserError(
             f"unknown option '{key}'."
             + (f" Did you mean '{hint}'?" if hint else "")

@@ -6,7 +6,7 @@ qbench: run quantization papers, and set the published numbers beside your own.
   qbench method=pact bits=4                       one run: float parent, calibrate, train, evaluate, draw
   qbench -m method=pact,lsq bits=2,3,4 seed=0,1   a sweep: every combination, one table at the end
   qbench list                                     methods, models, data sets, budgets
-  qbench table [DIR]                              the table of the results below DIR (outputs)
+  qbench table [DIR] [format=csv]                 the table of the results below DIR (outputs)
   qbench eval RUN|CHECKPOINT [option=value ...]   evaluate again
   qbench compare RUN RUN                          what differs in configuration and outcome
   qbench paper list                               tables and figures of papers that can be redrawn
@@ -24,10 +24,15 @@ Options, as name=value (conf/config.yaml holds all of them):
   dataset.root=DIR                      where the data lie
   seed=  precision=fp32|tf32|bf16|auto  device=auto|cpu|cuda  graph=auto  workers=  threads=  out=DIR
   plan=true                             print configuration, manifest and time, and run nothing
+  time_limit=90s|8m|1.5h|2d             save the state and end before so long (a whole sweep too), with exit status 124
   debug=true                            show tracebacks
   hydra/launcher=joblib                 (with -m) runs side by side, one thread each
 
-The same command again goes on where it was cut off, or says what came out.
+Paths and names (out, init, name, dataset.root) are taken as typed: spaces, =, (, # and letters of any kind. A ~ in
+front is your home folder; in a sweep a comma parts values unless it stands in quotes.
+
+The same command again goes on where it was cut off, or says what came out. Exit status: 0 done; 1 a run failed; 2 the
+command is wrong; 124 out of time; 130 stopped by Ctrl-C or SIGTERM (124 and 130: everything is saved).
 """
 
 # By command.
@@ -36,17 +41,24 @@ HELP = {
 qbench list                     methods (with the bits they take), models, data sets and budgets, one a line
 """,
     "table": """\
-qbench table [DIR]              one row for each setting of the results below DIR (outputs), seeds as mean ± std
+qbench table [DIR] [format=text]        one row for each setting of the results below DIR (outputs), seeds as mean ± std
+
+  format=text|csv|md|latex|json   json has the accuracies seed by seed
+  A column `varies` says in what rows differ that look alike. Copies of one run count once.
 """,
     "eval": """\
 qbench eval RUN [dataset.NAME=value ...]        the net of a finished run, on its test set
 qbench eval CHECKPOINT [option=value ...]       a plain float state_dict; the options say which net and data
 
-  dataset.root=DIR      where the data lie; of a run's options only those of the data set may be set
+  dataset.root=DIR      where the data lie; of a run's options only those of the data set and the device may be set
+  device=cpu            auto, cpu or cuda; as the run was trained by default
+  allow=PACKAGE         a run's folder builds classes of qbench, torch.nn, torch.optim and torchvision.models, else
+                        nothing: whoever wrote it could run any code here. PACKAGE (or [A,B]) may be used too
   model=  dataset=      of a plain checkpoint (resnet20, digits)
 """,
     "compare": """\
-qbench compare RUN RUN          what differs between two finished runs, in configuration and outcome
+qbench compare RUN RUN          what differs between two finished runs, leaf by leaf: first what was asked for, then
+                                what came out, then where and by what it was computed
 """,
     "paper": """\
 qbench paper list                               tables and figures of papers that can be redrawn
@@ -69,7 +81,8 @@ qbench bench page                     docs/benchmarks.md from docs/benchmarks.js
 
   only=step/pact,data/*   what to measure           model=resnet20,...      nets (default resnet20)
   rounds=5  batch=128     repetitions, images       precision=fp32,bf16
-  threads=                CPU threads (all cores)   kernels=auto            cpp, numba, compile, torch: or several
+  threads=                CPU threads (all cores)   kernels=auto            cpp, compile, torch: or several
+  only=busy               a step beside other programs, by how its threads wait (OMP_WAIT_POLICY, GOMP_SPINCOUNT)
   peers=true              Brevitas, torch.ao and torchao beside ours, where they are installed
   device=cuda             what is measured on a GPU: steps as CUDA graphs and op by op, data, runs side by side
   quick=true              seconds, on a tiny net    out=DIR                 write DIR/bench.json (entries that it

@@ -49,12 +49,6 @@ def allowed_text(spec: Mapping[str, Any]) -> str:
     return f"{kind} in {spec['lo']}..{spec['hi']}" + (" or 32 (float)" if spec.get("float") else "")
 
 
-def told(result: Mapping[str, Any], site: str) -> str:
-    """The bits of a run's weights ('w') or activations ('a') in a table: '4' as asked for, '4.3*' as learned."""
-    learned = result.get(f"{site}_bits_learned")
-    return f"{result[f'{site}_bits']:g}" if learned is None else f"{learned:.1f}*"
-
-
 def resolve(method: Mapping[str, Any], bits: Any, w_bits: Any, a_bits: Any) -> tuple[float, float]:
     """The (weight, activation) bits of a run, checked against what the method allows.
 

@@ -42,7 +42,7 @@ def _target(method: str) -> str:
 
 def _read(group: str, name: str) -> dict[str, Any]:
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    return dict(yaml.load((conf_folder() / group / f"{name}.yaml").read_text(), loader))
+    return dict(yaml.load((conf_folder() / group / f"{name}.yaml").read_text(encoding="utf-8"), loader))
 
 
 def methods() -> list[dict[str, Any]]:
@@ -63,7 +63,7 @@ def methods() -> list[dict[str, Any]]:
 
 def remark(group: str, name: str, word: str) -> str:
     """What a line `# word: ...` (or `word: ...`) of a YAML says; empty where there is none."""
-    for line in (conf_folder() / group / f"{name}.yaml").read_text().splitlines():
+    for line in (conf_folder() / group / f"{name}.yaml").read_text(encoding="utf-8").splitlines():
         text = line.lstrip("# ")
         if text.startswith(f"{word}:"):
             return text.removeprefix(f"{word}:").strip()
@@ -83,7 +83,7 @@ def about(method: str) -> str:
         allowed = " or ".join(map(str, bits["only"])) if "only" in bits else f"{bits['lo']} to {bits['hi']}"
         default = "" if allowed == str(bits["default"]) else f", {bits['default']} by default"
         lines.append(f"  {word}=   bits of {of}: {allowed}{default}")
-    _, _, text = (conf_folder() / "method" / f"{name}.yaml").read_text().partition("\noptions:")
+    _, _, text = (conf_folder() / "method" / f"{name}.yaml").read_text(encoding="utf-8").partition("\noptions:")
     text = text.strip("\n")
     own = (
         f"Options, as options.NAME=value, with their defaults:\n  {text.strip()}"

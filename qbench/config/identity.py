@@ -45,6 +45,7 @@ def parent_of(config: Mapping[str, Any]) -> dict[str, Any]:
         "w_bits": bits.FLOAT,
         "a_bits": bits.FLOAT,
         "init": "scratch",
+        "init_head": None,
         "protocol": "paper",
         "kernels": "auto",  # one parent for all tiers
         "train": config["parent"],
@@ -67,6 +68,7 @@ def identity(config: Mapping[str, Any], data: Mapping[str, Any], init: str) -> d
         "data": data,
         "recipe": _recipe(config["train"]),
         "init": init,
+        "init_head": config.get("init_head"),
         "seed": config["seed"],
         "bits": [config["w_bits"], config["a_bits"]],
         "distill": config["distill"] if config["distill"]["weight"] else None,

@@ -1,16 +1,19 @@
 """How long and with what a net is trained: merged from budget, method and the user's words. No torch here."""
 
+import importlib
+import inspect
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from qbench.config.kinds import Kind, number, numbers, one_of, truth, whole
 from qbench.errors import UserError, unknown
 
 DECAYS = ("all", "weights", "last")
 SCHEDULES = ("constant", "step", "cosine", "linear", "exponential", "onecycle")
 LOSSES = ("cross_entropy", "squared_hinge")
-KERNELS = ("auto", "cpp", "numba", "compile", "torch")
+KERNELS = ("auto", "cpp", "compile", "torch")
 PRECISIONS = ("fp32", "tf32", "bf16", "auto")  # auto: qbench.training.precision replaces it before anything is trained
 # Names for `optimizer`, beside the dotted path of any class, and what torch.optim calls them.
 OPTIMIZERS = {
@@ -21,6 +24,52 @@ OPTIMIZERS = {
     "rmsprop": "RMSprop",
     "adagrad": "Adagrad",
     "adadelta": "Adadelta",
+}
+# What takes which field; a field that is not here is read by every recipe.
+OF_OPTIMIZER = {
+    "momentum": ("sgd", "rmsprop"),
+    "nesterov": ("sgd",),
+    "betas": ("adam", "adamw", "adamax"),
+    "eps": ("adam", "adamw", "adamax", "rmsprop", "adagrad", "adadelta"),
+}
+OF_LOSS = {"label_smoothing": ("cross_entropy",)}
+OF_SCHEDULE = {"milestones": ("step",), "gamma": ("step", "exponential")}
+
+
+class Dotted(Kind):
+    """One of `words`, or the dotted path of a class or function."""
+
+    def check(self, name: str, value: Any) -> None:
+        if (value is None and self.null) or value in self.words:
+            return
+        if "." not in str(value) or not all(part.isidentifier() for part in str(value).split(".")):
+            raise unknown(name, str(value), map(str, self.words))
+
+
+# What the fields of a recipe may be.
+FIELDS: dict[str, Kind] = {
+    "epochs": number(0, null=True),
+    "steps": number(0, whole=True, null=True),
+    "batch_size": whole(1),
+    "optimizer": Dotted("", lambda x: False, words=tuple(OPTIMIZERS)),
+    "lr": number(0),
+    "momentum": number(0, 1, below=True),
+    "nesterov": truth(),
+    "betas": numbers("two numbers in 0..1, 1 excluded", lambda xs: len(xs) == 2 and all(0 <= x < 1 for x in xs)),
+    "eps": number(0, above=True, null=True),
+    "weight_decay": number(0),
+    "decay": one_of(*DECAYS),
+    "schedule": one_of(*SCHEDULES),
+    "milestones": numbers("a list of numbers (epochs), none below 0", lambda xs: all(x >= 0 for x in xs)),
+    "gamma": number(0, above=True),
+    "warmup": number(0),
+    "label_smoothing": number(0, 1, below=True),
+    "loss": Dotted("", lambda x: False, words=LOSSES),
+    "accumulate": whole(1),
+    "clip_grad": number(0),
+    "evaluate_every": number(0, above=True),
+    "calibration": whole(1),
+    "precision": one_of(*PRECISIONS),
 }
 
 
@@ -33,9 +82,9 @@ class Recipe:
     up over the first 30 %, cosine down to 0). `warmup`: epochs of linear rise from 0 before it. `accumulate`:
     micro-batches per step. `evaluate_every`: epochs between evaluations on the test set. `calibration`: images that set
     the first ranges. `clip_grad`: highest gradient norm, 0 is off. `loss`: cross_entropy | squared_hinge | the
-    dotted path of a function of (logits, labels). `decay`: what `weight_decay` acts on: all | weights (of convs and
-    linear layers: no bias, no batch-norm) | last (the weight of the last layer alone); a method's own word on a
-    parameter goes before it.
+    dotted path of a function of (logits, labels). `eps`: what an optimizer adds to its denominator; null: as torch has
+    it. `decay`: what `weight_decay` acts on: all | weights (of convs and linear layers: no bias, no batch-norm) | last
+    (the weight of the last layer alone); a method's own word on a parameter goes before it.
     """
 
     epochs: float | None = None
@@ -46,6 +95,7 @@ class Recipe:
     momentum: float = 0.9
     nesterov: bool = False
     betas: tuple[float, float] = (0.9, 0.999)
+    eps: float | None = None
     weight_decay: float = 0.0
     decay: str = "all"
     schedule: str = "cosine"
@@ -61,47 +111,14 @@ class Recipe:
     precision: str = "fp32"
 
     def __post_init__(self) -> None:
-        def fail(name: str, allowed: str) -> None:
-            raise UserError(f"train.{name} must be {allowed}, got {getattr(self, name)!r}")
-
         if (self.epochs is None) == (self.steps is None):
             raise UserError(f"give exactly one of epochs and steps, got epochs={self.epochs} steps={self.steps}")
-        for name, lo in (("epochs", 0), ("steps", 0), ("lr", 0), ("weight_decay", 0), ("warmup", 0), ("clip_grad", 0)):
-            value = getattr(self, name)
-            if value is not None and not (_is_number(value) and value >= lo):
-                fail(name, f"a number of at least {lo}")
-        for name in ("batch_size", "accumulate", "calibration"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                fail(name, "a whole number of at least 1")
-        if self.steps is not None and int(self.steps) != self.steps:
-            fail("steps", "a whole number")
+        for name, kind in FIELDS.items():
+            kind.check(f"train.{name}", getattr(self, name))
         if self.batch_size % self.accumulate:
-            fail("accumulate", f"a divisor of batch_size={self.batch_size}")
-        if not (_is_number(self.label_smoothing) and 0 <= self.label_smoothing < 1):
-            fail("label_smoothing", "in 0..1")
-        if not (_is_number(self.momentum) and 0 <= self.momentum < 1):
-            fail("momentum", "in 0..1")
-        if not (_is_number(self.evaluate_every) and self.evaluate_every > 0):
-            fail("evaluate_every", "above 0 (epochs)")
-        if not (_is_number(self.gamma) and self.gamma > 0):
-            fail("gamma", "above 0")
-        for name, form in (("milestones", "a list of numbers (epochs)"), ("betas", "two numbers in 0..1")):
-            value = getattr(self, name)
-            if not isinstance(value, (list, tuple)) or not all(map(_is_number, value)):
-                fail(name, form)
-        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
-            fail("betas", "two numbers in 0..1")
-        if "." not in str(self.optimizer) and self.optimizer not in OPTIMIZERS:
-            raise unknown("train.optimizer", str(self.optimizer), OPTIMIZERS)
-        for name, choices in (
-            ("schedule", SCHEDULES),
-            ("decay", DECAYS),
-            ("precision", PRECISIONS),
-            ("loss", LOSSES),
-        ):
-            dotted = name == "loss" and "." in str(self.loss)  # a method's own
-            if getattr(self, name) not in choices and not dotted:
-                raise unknown(f"train.{name}", str(getattr(self, name)), choices)
+            raise UserError(
+                f"train.accumulate must be a divisor of batch_size={self.batch_size}, got {self.accumulate}"
+            )
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Optimizer steps of the phase."""
@@ -128,15 +145,12 @@ class Recipe:
         return 1.0
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _cosine(done: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * done))
 
 
 KEYS = tuple(f.name for f in fields(Recipe))
+DEFAULTS = {f.name: f.default for f in fields(Recipe)}
 
 
 def merge(parts: Iterable[Mapping[str, Any]]) -> Recipe:
@@ -148,6 +162,9 @@ def merge(parts: Iterable[Mapping[str, Any]]) -> Recipe:
     for part in parts:
         if part.get("epochs") is not None and part.get("steps") is not None:
             raise UserError(f"give exactly one of epochs and steps, got epochs={part['epochs']} steps={part['steps']}")
+        if part.get("optimizer") is not None:
+            merged.pop("eps", None)  # it was meant for the optimizer before
+            merged |= {"momentum": 0.0} if part["optimizer"] == "rmsprop" else {}  # torch's; 0.9 is for sgd
         for key, value in part.items():
             if key not in KEYS:
                 raise unknown("recipe field", key, KEYS)
@@ -157,3 +174,69 @@ def merge(parts: Iterable[Mapping[str, Any]]) -> Recipe:
                 merged.pop("steps" if key == "epochs" else "epochs", None)
             merged[key] = tuple(value) if isinstance(value, (list, tuple)) else value
     return Recipe(**merged)
+
+
+def imported(option: str, path: str) -> Any:
+    """What the dotted `path` that `option` names stands for.
+
+    Errors: UserError where it cannot be imported.
+    """
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"{option}={path} cannot be imported: {error}") from error
+
+
+def optimizer_class(name: str) -> type[Any]:
+    """The class that `optimizer` names, from torch.optim or by its dotted path.
+
+    Errors: UserError where it cannot be imported, or where its step wants the loss again and again (LBFGS).
+    """
+    cls: type[Any] = imported("train.optimizer", f"torch.optim.{OPTIMIZERS[name]}" if name in OPTIMIZERS else name)
+    try:
+        closure = inspect.signature(cls.step).parameters.get("closure")
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"train.optimizer={name} cannot be imported: {error}") from error
+    if closure is not None and closure.default is closure.empty:
+        raise UserError(
+            f"train.optimizer={name} computes the loss several times in a step, which a run here does once. "
+            f"Take one of {', '.join(OPTIMIZERS)}, or another class."
+        )
+    return cls
+
+
+def optimizer_fields(recipe: Recipe, name: str | None = None) -> dict[str, Any]:
+    """What the recipe tells its optimizer (or `name`) beside learning rate and weight decay.
+
+    Of a class by its dotted path whatever its constructor takes and the recipe does not leave at its default: defaults
+    of the class are its own.
+    """
+    name = name or recipe.optimizer
+    if name in OPTIMIZERS:
+        found = {k: getattr(recipe, k) for k, takers in OF_OPTIMIZER.items() if name in takers}
+        return {k: v for k, v in found.items() if v is not None}
+    taken = _taken(name)
+    found = {k: getattr(recipe, k) for k in taken if getattr(recipe, k) != DEFAULTS[k]}
+    return found | ({"momentum": recipe.momentum} if found.get("nesterov") else {})
+
+
+def _taken(path: str) -> list[str]:
+    parameters = inspect.signature(optimizer_class(path)).parameters
+    return [k for k in OF_OPTIMIZER if k in parameters]
+
+
+def unread(given: Mapping[str, Any], recipe: Recipe) -> str:
+    """Why `recipe` does not read a field that the user has `given`: what it takes, and what takes it; else nothing.
+
+    A value that switches its field off (0, false, null) asks for nothing.
+    """
+    for key, value in given.items():
+        for what, table in (("optimizer", OF_OPTIMIZER), ("loss", OF_LOSS), ("schedule", OF_SCHEDULE)):
+            chosen = getattr(recipe, what)
+            if not value or key not in table or chosen in table[key]:
+                continue
+            if what == "optimizer" and chosen not in OPTIMIZERS and key in _taken(chosen):
+                continue
+            return f"{key}={value} is not read with {what}={chosen}; it is for {what}={' or '.join(table[key])}"
+    return ""

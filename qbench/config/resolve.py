@@ -7,14 +7,12 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from qbench.config import bits, catalog
+from qbench.config import bits, options
 from qbench.config.identity import mark, neutral
-from qbench.config.recipe import KERNELS, KEYS, PRECISIONS, merge
+from qbench.config.recipe import OPTIMIZERS, Recipe, merge, optimizer_class, unread
 from qbench.config.stages import lengths, listed
 from qbench.errors import UserError, unknown
 
-PROTOCOLS = ("paper", "uniform")
-WORDS = {"h": "glorot", "alpha": "he", "s_warmup": "lr"}  # what some options take in place of a number
 ENDS = ("@first", "@last", "@ends")
 SITES = ("weight", "input", "output", "error", "replace")
 LENGTH = ("epochs", "steps")
@@ -60,7 +58,7 @@ def resolve(config: DictConfig) -> dict[str, Any]:
     before, own = _training(method, budget, plain["init"], plain["w_bits"])
     asked = [plain["train"], everywhere]
     train = [*parent, plain["train"]] if method["name"] == "float" else [*before, _without(own, ("stages",)), *asked]
-    plain["parent"], plain["train"] = asdict(merge(parent)), asdict(merge(train))
+    plain["parent"], plain["train"] = (_read(k, plain[k], merge(v)) for k, v in (("parent", parent), ("train", train)))
     method["stages"] = _stages(method, plain["train"], [*before, _without(own, ("stages",))], own, asked)
     method["rules"] = [_without_float(rule) for rule in wanted(method.get("rules") or [], plain["options"])]
     if plain["protocol"] == "uniform":
@@ -118,24 +116,9 @@ def _without(part: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _check(config: Mapping[str, Any]) -> None:
-    if config["protocol"] not in PROTOCOLS:
-        raise unknown("protocol", str(config["protocol"]), PROTOCOLS)
-    if config["precision"] not in (None, *PRECISIONS):
-        raise unknown("precision", str(config["precision"]), PRECISIONS)
-    for name, lo in (("seed", 0), ("workers", 1)):
-        if isinstance(config[name], bool) or not isinstance(config[name], int) or config[name] < lo:
-            raise UserError(f"{name} must be a whole number of at least {lo}, got {config[name]!r}")
-    if config["device"] not in ("auto", "cpu", "cuda"):
-        raise unknown("device", str(config["device"]), ("auto", "cpu", "cuda"))
-    if config["graph"] not in ("auto", True, False):
-        raise unknown("graph", str(config["graph"]), ("auto", "true", "false"))
-    if config["kernels"] not in KERNELS:
-        raise unknown("kernels", str(config["kernels"]), KERNELS)
-    for part in ("train", "parent"):
-        strange = set(config[part]) - set(KEYS)
-        if strange:
-            raise unknown(f"{part} option", sorted(strange)[0], KEYS)
-    _check_types(config["method"]["name"], config["options"])
+    options.check(config)
+    if config["init_head"] and config["init"] in ("scratch", "float"):
+        raise UserError(f"init_head=new is for init=CHECKPOINT, got init={config['init']}")
     check = config["method"].get("check")
     if check:
         module, _, name = check.rpartition(".")
@@ -145,21 +128,13 @@ def _check(config: Mapping[str, Any]) -> None:
             raise NotApplicable(f"method={config['method']['name']}: {error}") from error
 
 
-def _check_types(method: str, options: Mapping[str, Any]) -> None:
-    """Of the options of our own methods: a truth value or a number where the default is one."""
-    for name, default in (catalog.options(method) if method in catalog.names("method") else {}).items():
-        value, word = options.get(name), WORDS.get(name)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if isinstance(default, bool):
-            right, allowed = isinstance(value, bool), "true or false"
-        elif isinstance(default, int):
-            right, allowed = value is None or (number and float(value).is_integer()), "a whole number"
-        elif isinstance(default, float):
-            right, allowed = number or value in (None, word), "a number" + (f" or {word}" if word else "")
-        else:
-            continue
-        if not right:
-            raise UserError(f"method={method}: options.{name} must be {allowed}, got {value!r}")
+def _read(part: str, given: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """The recipe as a dictionary. Errors: NotApplicable where the user gave what it does not read."""
+    if recipe.optimizer not in OPTIMIZERS:
+        optimizer_class(recipe.optimizer)  # now, and not after the parent is trained
+    if why := unread(given, recipe):
+        raise NotApplicable(f"{part}.{why}")
+    return asdict(recipe)
 
 
 def _without_float(rule: dict[str, Any]) -> dict[str, Any]:

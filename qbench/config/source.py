@@ -44,7 +44,7 @@ def _code(module: str) -> str:
     """The source of a module without comments, docstrings and layout; empty where there is none."""
     try:
         spec = find_spec(module)
-        tree = ast.parse(Path(spec.origin).read_text()) if spec and spec.origin else ast.Module([], [])
+        tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8")) if spec and spec.origin else ast.Module([], [])
     except (ImportError, OSError, ValueError, SyntaxError):  # built in, or not in Python
         return ""
     for node in ast.walk(tree):

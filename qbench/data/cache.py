@@ -8,34 +8,30 @@ import io
 import json
 import logging
 import os
+import stat
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from filelock import FileLock
 from torch import Tensor
 
+from qbench import files
 from qbench.data.splits import Split
 from qbench.errors import UserError
-from qbench.files import atomic_write
+from qbench.files import atomic_write, cache_folder
 
 log = logging.getLogger(__name__)
 Splits = tuple[Split, Split]
-FORMAT = 2  # part of every key: raise it when the meaning of a file changes
-
-
-def cache_folder() -> Path:
-    """`QBENCH_CACHE`, or ~/.cache/qbench."""
-    return Path(os.environ.get("QBENCH_CACHE") or Path.home() / ".cache" / "qbench")
+FORMAT = 3  # part of every key: raise it when the meaning of a file changes
 
 
 def fingerprint(root: Path, names: Iterable[str] = ("",)) -> list[Any]:
     """The resolved `root` and, of each file below it, [name, size, modification time]: changed by every ordinary edit.
 
-    Errors: UserError when a file is not there.
+    Errors: UserError when a file is not there, or is a pipe or the like.
     """
     try:
         stats = [(name, os.stat(os.path.join(root, name) if name else root)) for name in names]
@@ -43,26 +39,24 @@ def fingerprint(root: Path, names: Iterable[str] = ("",)) -> list[Any]:
         raise UserError(
             f"cannot read {error.filename}: {error.strerror}; set dataset.root to where the data lies"
         ) from error
-    return [str(root.resolve()), *([name, stat.st_size, stat.st_mtime_ns] for name, stat in stats)]
+    if strange := next((name for name, found in stats if not stat.S_ISREG(found.st_mode)), None):
+        raise UserError(f"{root / strange} is not an ordinary file; set dataset.root to where the data lie")
+    return [os.path.realpath(root), *([name, found.st_size, found.st_mtime_ns] for name, found in stats)]
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[bool]:
     """Holds `path`.lock against other processes; yields False, after a warning, where its folder cannot be written."""
-    lock = FileLock(f"{path}.lock")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except OSError as error:
-        log.warning(
-            "the cache folder %s cannot be used (%s); set QBENCH_CACHE to a writable folder", path.parent, error
-        )
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.release()
+    with ExitStack() as held:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(files.locked(f"{path}.lock", lambda: log.info("waiting for %s.lock", path)))
+            writable = True
+        except OSError as error:
+            message = "the cache folder %s cannot be used (%s); set QBENCH_CACHE to a writable folder"
+            log.warning(message, path.parent, error)
+            writable = False
+        yield writable
 
 
 def cached(name: str, key: Any, parse: Callable[[], Splits]) -> Splits:

@@ -14,6 +14,7 @@ from qbench.data.splits import Split
 from qbench.errors import UserError
 
 DIGITS_TRAIN = 898
+LARGEST = 1 << 33  # values of a synthetic set
 
 
 def digits(config: Mapping[str, Any]) -> tuple[Split, Split]:
@@ -54,13 +55,15 @@ def synthetic(config: Mapping[str, Any]) -> tuple[Split, Split]:
     pixel = clip(127.5 + 64 * pattern[label] + 64 * noise * N(0, 1)) with patterns of unit variance: `noise` is the
     noise-to-signal ratio of a pixel. Keys: train_size, test_size, classes, channels, size, seed, noise.
 
-    Errors: UserError on a number that is missing or below 1.
+    Errors: UserError on a number that is missing, MemoryError on more than LARGEST values.
     """
     for key in ("train_size", "test_size", "classes", "channels", "size"):
-        if not isinstance(config.get(key), int) or config[key] < 1:
+        if config.get(key) is None:
             raise UserError(f"dataset.{key} must be a positive whole number, got {config.get(key)!r}")
     classes, channels, size = config["classes"], config["channels"], config["size"]
-    random = np.random.default_rng(int(config.get("seed", 0)))
+    if (values := (config["train_size"] + config["test_size"] + classes) * channels * size**2) > LARGEST:
+        raise MemoryError(f"{values:,} values")
+    random = np.random.default_rng(config.get("seed", 0))
     coarse = torch.from_numpy(random.standard_normal((classes, channels, 4, 4), dtype=np.float32))
     patterns = F.interpolate(coarse, size=(size, size), mode="bilinear")
     patterns = (patterns - patterns.mean((1, 2, 3), keepdim=True)) / patterns.std((1, 2, 3), keepdim=True)
@@ -68,7 +71,7 @@ def synthetic(config: Mapping[str, Any]) -> tuple[Split, Split]:
     def split(count: int) -> Split:
         labels = torch.arange(count) % classes
         noise = torch.from_numpy(random.standard_normal((count, channels, size, size), dtype=np.float32))
-        pixels = 127.5 + 64 * patterns[labels] + 64 * float(config.get("noise", 1.0)) * noise
+        pixels = 127.5 + 64 * patterns[labels] + 64 * config.get("noise", 1.0) * noise
         return Split(pixels.clamp(0, 255).round().to(torch.uint8), labels)
 
     return split(config["train_size"]), split(config["test_size"])

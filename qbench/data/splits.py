@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -43,19 +43,21 @@ class Stream:
 
     Whether an image is cropped at random or in the centre is the `augment` of the batches, as with a `Split`. `digest`
     is a SHA-256 over names and sizes of the whole split's files: hashing the pixels of ImageNet would take an epoch.
+    `workers` is how many processes decode them; None for as many as are of use.
     """
 
     paths: tuple[str, ...]
     labels: Tensor
     size: int
     digest: str
+    workers: int | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def take(self, indices: Tensor) -> "Stream":
         """The stream of the files at `indices` [M], in that order."""
-        return Stream(tuple(self.paths[i] for i in indices.tolist()), self.labels[indices], self.size, self.digest)
+        return replace(self, paths=tuple(self.paths[i] for i in indices.tolist()), labels=self.labels[indices])
 
 
 Source = Split | Stream
@@ -112,11 +114,10 @@ def draw(train: Source, test: Source, config: Mapping[str, Any]) -> tuple[Source
 
     Validation images come off the training images first; `train_examples` then limits what is left.
 
-    Errors: UserError when `val` is not 0, a fraction below 1 or a count below the number of training images, or when an
-    example limit is not null or a positive number.
+    Errors: UserError when `val` leaves fewer images than classes to validate or to train on.
     """
-    seed = int(config.get("val_seed", 0))
-    held_out = _held_out(config.get("val", 0), len(train))
+    seed = config.get("val_seed", 0)
+    held_out = _held_out(config.get("val", 0), train.labels)
     order = stratified(train.labels, seed) if held_out else torch.arange(len(train))
     # Sorted, so that what is kept stands in the order of the whole split, however it was drawn.
     kept, validation = order[held_out:].sort().values, order[:held_out].sort().values
@@ -134,19 +135,20 @@ def draw(train: Source, test: Source, config: Mapping[str, Any]) -> tuple[Source
     )
 
 
-def _held_out(val: Any, total: int) -> int:
-    count = val if isinstance(val, int) else round(val * total) if isinstance(val, float) and val < 1 else -1
-    if isinstance(val, bool) or not 0 <= count < total or (val and not count):
+def _held_out(val: float, labels: Tensor) -> int:
+    """The number of validation images that `val` asks for: a fraction of all, or a count."""
+    total, classes = len(labels), len(labels.unique())
+    count = val if isinstance(val, int) else round(val * total)
+    if val and not classes <= count <= total - classes:
         raise UserError(
-            f"dataset.val must be 0, a fraction in (0, 1) or a count below the {total} train images, got {val!r}"
+            "dataset.val must be 0, a fraction in (0, 1) or a count, with no fewer images than classes on either side: "
+            f"{classes} to {total - classes} of the {total} train images; got {val}"
         )
     return count
 
 
 def _first(config: Mapping[str, Any], key: str, labels: Tensor, seed: int) -> Tensor:
     limit = config.get(key)
-    if limit is None or (isinstance(limit, int) and limit >= len(labels)):
+    if limit is None or limit >= len(labels):
         return torch.arange(len(labels))
-    if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
-        raise UserError(f"dataset.{key} must be null or a positive whole number, got {limit!r}")
     return stratified(labels, seed)[:limit].sort().values

@@ -12,12 +12,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from qbench.data.batching import Batches, Layout, Normalize, generator, order_of
+from qbench.data.cache import fingerprint
 from qbench.data.folders import find_images
+from qbench.data.images import read_image
 from qbench.data.splits import Source, Split, Stream
 from qbench.data.torchvision_loader import torchvision
 from qbench.errors import UserError
 
 STREAM_AUGMENTATIONS = ("none", "resized_crop_flip")
+# How PyTorch words what a machine short of memory does to the processes of a DataLoader.
+LOST = ("killed by signal", "exited unexpectedly", "shared memory", "No space left", "Cannot allocate memory")
 
 
 def imagenet(config: Mapping[str, Any]) -> tuple[Stream, Stream]:
@@ -25,7 +29,7 @@ def imagenet(config: Mapping[str, Any]) -> tuple[Stream, Stream]:
 
     Errors: UserError that says where it was looked for and what the folder should hold.
     """
-    root = Path(config["root"]).expanduser()
+    root = Path(config["root"])
     source = next((folder for folder in (root / "imagenet", root) if (folder / "train").is_dir()), None)
     if source is None:
         raise UserError(
@@ -33,18 +37,30 @@ def imagenet(config: Mapping[str, Any]) -> tuple[Stream, Stream]:
             "downloaded freely: get ILSVRC2012 from image-net.org, unpack it to train/<class>/* and val/<class>/*, "
             "and set dataset.root=FOLDER (or QBENCH_DATA)."
         )
-    found = find_images(source)
+    return image_stream({**config, "root": source})
+
+
+def image_stream(config: Mapping[str, Any]) -> tuple[Stream, Stream]:
+    """The streams of root/train/<class>/* and root/test/<class>/* (or val); see `find_images`.
+
+    Errors: UserError where `root` is no folder, or its images are not to be had.
+    """
+    source = Path(config["root"])
+    if source.is_file():
+        raise UserError(f"images are streamed from a folder: unpack {source}, and set dataset.root to where they lie")
+    found, size = find_images(source), config.get("size") or 224
     train, test = (
-        _stream(source, found.names[part], found.labels[part], config.get("size") or 224) for part in ("train", "test")
+        _stream(source, found.names[part], found.labels[part], size, config.get("workers"))
+        for part in ("train", "test")
     )
     return train, test
 
 
-def _stream(source: Path, names: list[str], labels: Tensor, size: int) -> Stream:
+def _stream(source: Path, names: list[str], labels: Tensor, size: int, workers: int | None) -> Stream:
     sha = hashlib.sha256(f"{size}".encode())
-    for name in names:
-        sha.update(f"\n{name} {(source / name).stat().st_size}".encode())
-    return Stream(tuple(str(source / name) for name in names), labels, size, sha.hexdigest())
+    for name, length, _ in fingerprint(source, names)[1:]:
+        sha.update(b"\n%s %d" % (os.fsencode(name), length))
+    return Stream(tuple(str(source / name) for name in names), labels, size, sha.hexdigest(), workers)
 
 
 class _Images(Dataset[tuple[Tensor, int]]):
@@ -54,15 +70,9 @@ class _Images(Dataset[tuple[Tensor, int]]):
         self.stream, self.augment, self.key = stream, augment, (seed, epoch)
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int]:
-        from PIL import Image, UnidentifiedImageError
-
         position, index = item
-        path, label = self.stream.paths[index], int(self.stream.labels[index])
-        try:
-            with Image.open(path) as file:
-                image = file.convert("RGB")
-        except (UnidentifiedImageError, OSError, SyntaxError) as error:
-            raise UserError(f"{path} is not a readable image ({error}); get it again or remove it") from None
+        path, label = Path(self.stream.paths[index]), int(self.stream.labels[index])
+        image = read_image(path.parent, path.name).convert("RGB")
         transforms = torchvision().transforms
         size = self.stream.size
         if self.augment == "none":
@@ -108,6 +118,7 @@ class StreamBatches:
         self.layout = Layout(len(split), batch_size, rank, world, drop_last)
         self.normalize = Normalize(mean, std, device, channels_last)
         self.split, self.augment, self.shuffle, self.seed = split, augment, shuffle, seed
+        workers = split.workers if workers is None else workers
         self.workers = min(8, os.cpu_count() or 1) if workers is None else workers
         self.device = torch.device(device)
 
@@ -132,6 +143,13 @@ class StreamBatches:
                 yield self.normalize(images.permute(0, 3, 1, 2)), labels.to(self.device, non_blocking=True)
         except UserError as error:  # a worker's error arrives with its traceback in the message: keep the last line
             raise UserError(str(error).strip().splitlines()[-1].removeprefix("qbench.errors.UserError: ")) from None
+        except (RuntimeError, OSError) as error:
+            if not any(words in str(error) for words in LOST):
+                raise
+            raise UserError(
+                f"one of {self.workers} processes that decode images was lost ({str(error).splitlines()[0]}): out of "
+                "memory, or of shared memory (/dev/shm). dataset.workers=N takes fewer, dataset.workers=0 none."
+            ) from error
 
 
 def batches(

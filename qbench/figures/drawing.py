@@ -5,16 +5,15 @@ pyplot, so no window, backend or global state is touched.
 """
 
 import io
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qbench.config.bits import told
 from qbench.errors import UserError
+from qbench.figures.report import width
 from qbench.files import atomic_write
-from qbench.records import METRICS, RESULT, read_metrics
+from qbench.records import METRICS, RESULT, read_metrics, read_result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -62,8 +61,7 @@ def records_of(folder: Path) -> list[dict[str, Any]]:
 def result_of(folder: Path) -> dict[str, Any]:
     """What the run came to, or nothing while it is still going."""
     path = Path(folder) / RESULT
-    result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    return result
+    return read_result(path) if path.exists() else {}
 
 
 def traces_of(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, Curve]]:
@@ -94,7 +92,7 @@ def title_of(result: Mapping[str, Any]) -> str:
     """`pact W4/A4, resnet20 on cifar10, budget short, seed 0`, as far as it is known."""
     if not result:
         return "run not finished"
-    bits = "/".join(f"{s.upper()}{told(result, s)}" for s in ("w", "a") if result.get(f"{s}_bits") is not None)
+    bits = "/".join(f"{s.upper()}{width(result, s)}" for s in ("w", "a") if result.get(f"{s}_bits") is not None)
     subject = " on ".join(str(result[key]) for key in ("model", "dataset") if result.get(key) is not None)
     parts = [f"{result.get('method', '')} {bits}".strip(), subject]
     parts += [f"{key} {result[key]}" for key in ("budget", "seed") if result.get(key) is not None]

@@ -1,7 +1,6 @@
 """How a compiled kernel is called: one block of 64-bit words, on the threads that torch itself uses."""
 
 import ctypes
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -13,12 +12,10 @@ POINTERS = (
     *("weight", "bias", "running_mean", "running_var", "dchannels", "dscalars"),
 )
 WORDS = ("thread", "threads", "bf16", "n", "channels", "inner", "chunks", "activation", "kind", "norm", *POINTERS)
-DOUBLES = (
-    *("eps", "momentum", "lo", "hi", "from_", "below", "times", "step"),
-    *("qstep", "qlo", "qhi", "qzero", "qbelow"),
-)
-ACTIVATIONS = {"clip": 0, "round": 1, "prelu": 2}
-KINDS = {"none": 0, "learned": 1, "grid": 2, "sign": 3, "polynomial": 4, "tanh": 5, "fourier": 6}
+NUMBERS = ("value", "steps", "lo", "hi", "zero", "closed")  # of a qbench.quant.quantizer.Kernel
+DOUBLES = ("eps", "momentum", *(f"first_{n}" for n in NUMBERS), *(f"second_{n}" for n in NUMBERS))
+ACTIVATIONS = ("bounded", "relu", "clip", "prelu")  # as `Activation` in fused.cpp
+KINDS = ("none", "learned", "grid", "sign", "polynomial", "tanh", "fourier")  # as `Kind` there
 ENTRIES = ("stats_part", "stats_end", "forward_part", "reduce_part", "reduce_end", "apply_part")
 ROWS = ("a", "b", "mean", "inverse", "kg", "kx", "k1", "beta", "zeta", "shift")  # of the coefficients, by channel
 SUMS = ("dz", "dzx", "dshift", "dbeta", "dzeta")  # what the backward pass adds up by channel
@@ -47,41 +44,36 @@ def _openmp() -> ctypes.CDLL | None:
     return None
 
 
-_INT = ctypes.CFUNCTYPE(ctypes.c_int)
-_zero, _one = _INT(lambda: 0), _INT(lambda: 1)  # one thread, where there is no OpenMP
-
-
-def address(function: Any) -> int:
+def _address(function: Any) -> int:
     """Where a C function lies."""
     return int(ctypes.cast(function, ctypes.c_void_p).value or 0)
 
 
-def openmp_threads() -> tuple[int, int]:
-    """Addresses of the C functions that tell a thread's number and how many there are."""
-    library = _openmp()
-    if library is None:
-        return address(_zero), address(_one)
-    return address(library.omp_get_thread_num), address(library.omp_get_num_threads)
+_INT = ctypes.CFUNCTYPE(ctypes.c_int)
+_zero, _one = _INT(lambda: 0), _INT(lambda: 1)  # one thread, where there is no OpenMP
 
 
 class Backend:
-    """Six compiled functions and the threads they run on.
+    """Six functions of a compiled library and the threads they run on.
 
     Args:
-        name: cpp | numba
-        entries: {name: address}, all of ENTRIES
-        keep: what must live as long as the addresses are used
+        library: as `build.library` gives it
+        level: the instruction set, of build.LEVELS; None: the best that this processor has
     """
 
-    def __init__(self, name: str, entries: dict[str, int], keep: Any) -> None:
-        self.name, self.keep = name, keep
-        self.entries = {entry: ctypes.CFUNCTYPE(None, ctypes.c_void_p)(entries[entry]) for entry in ENTRIES}
-        self.thread, self.threads = openmp_threads()
-        library = _openmp()
-        self.parallel: Callable[..., Any] | None = None if library is None else library.GOMP_parallel
-        if self.parallel is not None:
-            self.parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]  # type: ignore[attr-defined]
-            self.parallel.restype = None  # type: ignore[attr-defined]
+    def __init__(self, library: ctypes.CDLL, level: str | None = None) -> None:
+        library.level.restype = ctypes.c_char_p
+        self.level = level or str(library.level().decode())
+        kind = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+        self.entries = {entry: kind((f"{entry}_{self.level}", library)) for entry in ENTRIES}
+        openmp = _openmp()
+        self.thread, self.threads = _address(_zero), _address(_one)
+        self.parallel: Any = None
+        if openmp is not None:
+            self.thread, self.threads = _address(openmp.omp_get_thread_num), _address(openmp.omp_get_num_threads)
+            self.parallel = openmp.GOMP_parallel
+            self.parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+            self.parallel.restype = None
 
     def args(self, x: Tensor, channels: int, inner: int) -> Args:
         """A block for `x`, seen as rows of `channels` (inner = 1) or as planes of `inner` values."""

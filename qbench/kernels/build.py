@@ -7,17 +7,26 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
-from filelock import FileLock
+from qbench.errors import UserError
+from qbench.files import cache_folder, locked, sha256_file
 
 SOURCE = Path(__file__).with_name("fused.cpp")
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math")
-NATIVE = ("-march=native", "-mcpu=native", "")  # the first that the compiler takes; x86-64, Arm, neither
-SECONDS = 300
+# -ffp-contract=off: a product is rounded before it is added, on every instruction set, so that all give the same bits
+FLAGS = ("-std=c++17", "-O2", "-ftree-vectorize", "-fPIC", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math",
+         "-ffp-contract=off")  # fmt: skip
+# What the source is compiled for, the least first: of an inline function of the standard library that several objects
+# hold the linker keeps the first, which all processors can run. fused.cpp asks the processor for just these.
+LEVELS: dict[str, tuple[str, ...]] = {"plain": ("-DBASE",)}
+if platform.machine() in ("x86_64", "AMD64"):
+    LEVELS |= {"avx2": ("-mavx2",), "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")}
+SECONDS = 600
 log = logging.getLogger(__name__)
 
 
@@ -28,8 +37,7 @@ class CannotBuild(Exception):
 def folder() -> Path:
     """Where compiled kernels lie: `QBENCH_KERNELS`, or `kernels` in the cache folder."""
     own = os.environ.get("QBENCH_KERNELS")
-    cache = Path(os.environ.get("QBENCH_CACHE") or Path.home() / ".cache" / "qbench")
-    return Path(own) if own else cache / "kernels"
+    return Path(own) if own else cache_folder() / "kernels"
 
 
 def compiler() -> list[str]:
@@ -44,78 +52,93 @@ def compiler() -> list[str]:
     raise CannotBuild(f"no C++ compiler found ({asked[0] if asked else 'c++, g++, clang++'})")
 
 
-def _processor() -> str:
-    """What -march=native depends on: the processor's name and features."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}"
-    wanted = ("model name", "flags", "Features", "CPU part")
-    return " ".join(sorted({line for line in lines if line.startswith(wanted)}))
-
-
 def _key(command: list[str]) -> str:
     version = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=60).stdout
-    parts = [SOURCE.read_text(), version, *command, *FLAGS, _processor(), platform.system(), platform.machine()]
+    parts = [SOURCE.read_text(), version, *command, *FLAGS, repr(LEVELS), platform.system(), platform.machine()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
-def _compile(command: list[str], target: Path) -> None:
-    """Write `target`, by a temporary name.
+def _own_folder() -> Path:
+    """The part of `folder` that is this user's alone.
+
+    Errors: CannotBuild where someone else could write to it.
+    """
+    if not hasattr(os, "geteuid"):
+        raise CannotBuild(f"nothing is compiled on {platform.system()}")
+    place = folder() / f"user-{os.geteuid()}"
+    place.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _check_owner(place)
+    return place
+
+
+def _check_owner(path: Path) -> None:
+    """Refuse what another user may have put or changed there: loading a library runs it.
+
+    Errors: CannotBuild.
+    """
+    found = path.lstat()
+    why = "it belongs to another user" if found.st_uid != os.geteuid() else ""
+    why = why or ("it is a symbolic link" if stat.S_ISLNK(found.st_mode) else "")
+    why = why or ("other users may write to it" if found.st_mode & 0o022 else "")
+    if why:
+        raise CannotBuild(f"{path} is not trusted, as {why}; remove it, or set QBENCH_KERNELS to a folder of your own")
+
+
+def _kept(place: Path, key: str) -> Path | None:
+    """The library that was built before, where it is as it was built: its name holds the hash of what is in it.
+
+    Errors: CannotBuild where another user may have put it there.
+    """
+    for path in sorted(place.glob(f"fused-{key}-*.so")):
+        _check_owner(path)
+        if path.stem.endswith(f"-{sha256_file(path)}"):
+            return path
+    return None
+
+
+def _compile(command: list[str], place: Path, key: str) -> Path:
+    """Build the library in `place`, by a temporary name.
 
     Errors: CannotBuild with the compiler's first error.
     """
-    said = ""
-    with tempfile.TemporaryDirectory(dir=target.parent) as place:
-        made = Path(place) / target.name
-        for native in NATIVE:
-            words = [*command, *FLAGS, *([native] if native else []), str(SOURCE), "-o", str(made)]
-            done = subprocess.run(words, capture_output=True, text=True, timeout=SECONDS)
-            if done.returncode == 0:
-                os.replace(made, target)
-                return
-            said = said or next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[:200])
-    raise CannotBuild(f"{command[0]} failed: {said}")
+    with tempfile.TemporaryDirectory(dir=place) as temporary, ThreadPoolExecutor() as pool:
+        objects = {level: f"{temporary}/{level}.o" for level in LEVELS}
+        lines = [
+            [*command, *FLAGS, f"-DLEVEL={level}", *LEVELS[level], "-c", str(SOURCE), "-o", name]
+            for level, name in objects.items()
+        ]
+        list(pool.map(_run, lines))
+        made = Path(temporary) / "fused.so"
+        _run([*command, "-shared", *objects.values(), "-o", str(made)])
+        made.chmod(0o700)
+        target = place / f"fused-{key}-{sha256_file(made)}.so"
+        os.replace(made, target)
+    return target
+
+
+def _run(words: Iterable[str]) -> None:
+    words = list(words)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=SECONDS)
+    if done.returncode:
+        said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[:200])
+        raise CannotBuild(f"{words[0]} failed: {said}")
 
 
 def library() -> ctypes.CDLL:
-    """The compiled kernels, built once for this compiler, processor and source.
+    """The compiled kernels, built once for this compiler and source, and anew where the file was damaged.
 
     Errors: CannotBuild.
     """
     try:
-        command = compiler()
-        place = folder()
-        place.mkdir(parents=True, exist_ok=True)
-        target = place / f"fused-{_key(command)}.so"
-        if not target.is_file():
-            with FileLock(f"{target}.lock"):
-                if not target.is_file():
-                    log.warning("compiling the kernels with %s: once on this machine, some 10 s", command[0])
-                    _compile(command, target)
-        return ctypes.CDLL(str(target))
-    except (OSError, subprocess.SubprocessError) as error:
+        command, place = compiler(), _own_folder()
+        key = _key(command)
+        if (found := _kept(place, key)) is None:
+            with locked(place / f"fused-{key}.lock"):
+                if (found := _kept(place, key)) is None:
+                    for damaged in place.glob(f"fused-{key}-*.so"):
+                        damaged.unlink()
+                    log.warning("compiling the kernels with %s: once on this machine, some 20 s", command[0])
+                    found = _compile(command, place, key)
+        return ctypes.CDLL(str(found))
+    except (OSError, UserError, subprocess.SubprocessError) as error:
         raise CannotBuild(str(error)) from error
-
-
-def loops(thread: int, threads: int) -> Any:
-    """The module of numba's loops; `thread`, `threads`: addresses of the C functions that they ask.
-
-    Errors: CannotBuild where numba is not installed or cannot compile them.
-    """
-    try:
-        import llvmlite.binding as llvm
-        import numba
-    except ImportError as error:
-        raise CannotBuild(f"numba cannot be imported ({error}); pip install numba") from error
-    llvm.add_symbol("qbench_thread", thread)
-    llvm.add_symbol("qbench_threads", threads)
-    # numba looks at the date of one file, and not of those whose functions it takes in
-    sources = b"".join(SOURCE.with_name(name).read_bytes() for name in ("backend.py", "blocks.py", "loops.py"))
-    place = folder() / f"numba-{hashlib.sha256(sources).hexdigest()[:16]}"
-    numba.config.CACHE_DIR = str(place)  # type: ignore[attr-defined]
-    try:
-        from qbench.kernels import loops as compiled
-    except (numba.core.errors.NumbaError, OSError, RuntimeError) as error:
-        raise CannotBuild(f"numba cannot compile the kernels: {str(error).splitlines()[0]}") from error
-    return compiled

@@ -1,22 +1,18 @@
 """The compiled kernels as differentiable functions: a quantizer alone, and batch-norm with what follows it."""
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from qbench.kernels.backend import ACTIVATIONS, KINDS, ROWS, SUMS, Args, Backend
+from qbench.kernels.backend import ACTIVATIONS, KINDS, NUMBERS, ROWS, SUMS, Args, Backend
 from qbench.quant.quantizer import Kernel
 
-INF = math.inf
-TINY = 1e-45  # the smallest float32 above 0
 FORMATS = (torch.channels_last, torch.contiguous_format)
-IDENTITY = Kernel("bounded", INF)
+IDENTITY = Kernel("bounded", float("inf"))
 NOTHING = Kernel("none")
 A, B, MEAN, INVERSE, _, KX, K1, BETA, ZETA, SHIFT = range(len(ROWS))
 
@@ -32,38 +28,15 @@ class Call:
     want: tuple[bool, bool] = (True, False)  # what the activation gives, and what the quantizer behind it makes of that
 
     @cached_property
-    def scalars(self) -> dict[str, float]:
-        """The numbers of both parts, as the compiled code calls them."""
-        return {**_first(self.activation), **_second(self.behind), "norm": self.norm is not None}
-
-
-def _above(value: float) -> float:
-    """The next float32."""
-    return float(np.nextafter(np.float32(value), np.float32(INF)))
-
-
-def _first(kernel: Kernel) -> dict[str, float]:
-    """What the compiled code calls the numbers of an activation. ReLU: gradient 1 for 0 < z < cap, as torch has it."""
-    value = kernel.value
-    if kernel.kind == "prelu":
-        return {"activation": ACTIVATIONS["prelu"], "from_": -INF, "below": INF}
-    if kernel.kind == "relu":
-        return {"lo": 0.0, "hi": value, "from_": TINY, "below": value}
-    if kernel.kind == "bounded":
-        return {"lo": -value, "hi": value, "from_": -value, "below": _above(value)}
-    a, n = np.float32(value), np.float32(kernel.steps)
-    steps = {"activation": ACTIVATIONS["round"], "times": float(n / a), "step": float(a / n)}
-    return steps | {"lo": 0.0, "hi": float(a), "from_": 0.0, "below": _above(value) if kernel.closed else float(a)}
-
-
-def _second(kernel: Kernel) -> dict[str, float]:
-    """Likewise the numbers of the quantizer behind it."""
-    lo, hi = kernel.lo, max(kernel.value, 1.0) if kernel.kind == "tanh" else kernel.hi
-    if kernel.kind == "fourier":
-        lo, hi = 2 * (kernel.steps + 1), 4 * kernel.value / math.pi
-    below = _above(kernel.value) if kernel.closed else kernel.value
-    numbers = {"qstep": kernel.value, "qlo": lo, "qhi": hi, "qzero": kernel.zero, "qbelow": below}
-    return {"kind": KINDS[kernel.kind], **numbers}
+    def words(self) -> dict[str, float]:
+        """Both parts, as the compiled code calls their kinds and numbers."""
+        kinds = {"activation": ACTIVATIONS.index(self.activation.kind), "kind": KINDS.index(self.behind.kind)}
+        numbers = {
+            f"{part}_{name}": getattr(kernel, name)
+            for part, kernel in (("first", self.activation), ("second", self.behind))
+            for name in NUMBERS
+        }
+        return {**kinds, **numbers, "norm": self.norm is not None}
 
 
 def dense(x: Tensor) -> torch.memory_format | None:
@@ -106,7 +79,7 @@ def _args(call: Call, x: Tensor) -> Args:
     trained = call.activation.kind == "prelu" or (call.behind.trained and call.behind.kind != "learned")
     by_channel = call.norm is not None or trained
     args = call.backend.args(x, *_channels(x) if by_channel else (1, 1))
-    for name, value in call.scalars.items():
+    for name, value in call.words.items():
         setattr(args, name, value)
     return args
 

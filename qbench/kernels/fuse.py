@@ -69,8 +69,13 @@ def _kernel(module: nn.Module | None, x: Tensor) -> Kernel | None:
 
 
 def _known(bn: nn.BatchNorm2d, x: Tensor) -> bool:
-    """Whether the kernels do what the batch-norm does now: with running statistics there is no backward pass."""
-    return (bn.training or not (torch.is_grad_enabled() and x.requires_grad)) and bn.momentum is not None
+    """Whether the kernels do what the batch-norm does now: with running statistics there is no backward pass.
+
+    One value per channel has no statistics: torch's module refuses it.
+    """
+    if bn.training:
+        return bn.momentum is not None and x.numel() > x.shape[1]
+    return bn.momentum is not None and not (torch.is_grad_enabled() and x.requires_grad)
 
 
 def _is_activation(module: nn.Module | None) -> bool:

@@ -9,7 +9,10 @@
 // read) is a block of zeros, and what nobody wants goes to a block that is thrown away. Every function takes one block of
 // 64-bit words (the order is in backend.py), so that any thread pool can call it: pointers and sizes as integers, scalars
 // as doubles. Sums are taken per chunk of memory and added in the order of the chunks, so that the result depends neither
-// on the number of threads nor on which of them was first. No instruction set is assumed.
+// on the number of threads nor on which of them was first.
+//
+// build.py compiles this file once for each instruction set (LEVEL) and puts all of them into one library; `level` says
+// which of them the processor at hand can run. All give the same bits: products are rounded before they are added.
 
 #include <algorithm>
 #include <cmath>
@@ -26,6 +29,9 @@ constexpr int64_t SHORTEST = 512;  // per-channel coefficients are repeated to a
 
 using Bf16 = uint16_t;
 
+// The numbers of a qbench.quant.quantizer.Kernel, which says what each kind does with them.
+struct Numbers { double value, steps, lo, hi, zero, closed; };
+
 // What backend.py packs, word by word.
 struct Args {
   int (*thread)();
@@ -38,12 +44,11 @@ struct Args {
   const float *weight, *bias;
   float *running_mean, *running_var, *dchannels, *dscalars;
   double eps, momentum;
-  double lo, hi, from, below, times, step;               // a clip is open where from <= z < below
-  double qstep, qlo, qhi, qzero, qbelow;                 // the quantizer behind it
+  Numbers first, second;                                 // of the activation, and of the quantizer behind it
 };
 enum Row { A, B, MEAN, INVERSE, KG, KX, K1, BETA, ZETA, SHIFT };
 enum Sum { DZ, DZX, DSHIFT, DBETA, DZETA, SUMS, CLIPS = SUMS, STEPS, LANES };  // the last two are of the whole tensor
-enum Activation { CLIP, ROUND, PRELU };
+enum Activation { BOUNDED, RELU, CLIP, PRELU };  // these two in the order of backend.py
 enum Kind { NONE, LEARNED, GRID, SIGN, POLYNOMIAL, TANH, FOURIER };
 
 struct Span { int64_t begin, end; };
@@ -90,6 +95,7 @@ inline float clip(float x, float lo, float hi) {  // a NaN stays one
   x = x < lo ? lo : x;
   return x > hi ? hi : x;
 }
+inline float above(float x) { return std::nextafter(x, INFINITY); }
 inline float exponential(float x) {  // for x <= 0, to two units of the last place; below e^-87 it stays there
   x = x < -87.f ? -87.f : x;
   const float k = round_even(x * 1.44269504f), f = (x - k * 0.693145752f) - k * 1.42860677e-6f;
@@ -236,17 +242,25 @@ void finish_stats(const Args& o) {
 // What becomes of one value: by the activation, and by the quantizer behind it. Rows are indexed by j.
 template <int activation, int kind>
 struct Point {
-  float lo, hi, from, below, times, step, qstep, qlo, qhi, qzero, qbelow;
+  float lo, hi, from, below, times, step;  // the activation's clip, open where from <= z < below; then its grid
+  float qstep, qlo, qhi, qzero, qbelow;    // the quantizer's
   const float *a, *b, *mean, *beta, *zeta, *shift;
   Point(const Args& o, const Table& rows)
-      : lo(float(o.lo)), hi(float(o.hi)), from(float(o.from)), below(float(o.below)), times(float(o.times)),
-        step(float(o.step)), qstep(float(o.qstep)), qlo(float(o.qlo)), qhi(float(o.qhi)), qzero(float(o.qzero)),
-        qbelow(float(o.qbelow)), a(rows[A]), b(rows[B]), mean(rows[MEAN]), beta(rows[BETA]), zeta(rows[ZETA]),
-        shift(rows[SHIFT]) {}
+      : lo(0), hi(float(o.first.value)), from(0), below(o.first.closed ? above(hi) : hi),
+        times(1 / hi * float(o.first.steps)), step(hi / float(o.first.steps)),  // n / a as torch has it: n times 1 / a
+        qstep(float(o.second.value)),
+        qlo(float(o.second.lo)), qhi(float(o.second.hi)), qzero(float(o.second.zero)),
+        qbelow(o.second.closed ? above(qstep) : qstep), a(rows[A]), b(rows[B]), mean(rows[MEAN]), beta(rows[BETA]),
+        zeta(rows[ZETA]), shift(rows[SHIFT]) {
+    if (o.activation == RELU) from = above(0);  // torch's gradient is 0 at 0
+    if (o.activation == BOUNDED) lo = from = -hi, below = above(hi);
+    if (kind == TANH) qhi = std::max(qstep, 1.f);
+    if (kind == FOURIER) qlo = float(2 * (o.second.steps + 1)), qhi = float(4 * o.second.value / 3.14159265358979324);
+  }
 
   float y(float z, int64_t j) const {
     if (activation == PRELU) return (z > 0 ? z : beta[j] * z) + zeta[j];
-    return activation == ROUND ? round_even(clip(z, lo, hi) * times) * step : clip(z, lo, hi);
+    return activation == CLIP ? round_even(clip(z, lo, hi) * times) * step : clip(z, lo, hi);
   }
   float code(float y) const { return round_even(clip(y / qstep, -4e6f, 4e6f)) + qzero; }
   float q(float y, int64_t j) const {
@@ -338,7 +352,7 @@ void reduce(const Args& o) {
             dbeta[j] += g * (z > 0 ? 0.f : z);
             g *= z > 0 ? 1.f : point.beta[j];
           } else {
-            if (activation == ROUND) clips[j] += z >= point.below ? g : 0.f;
+            if (activation == CLIP) clips[j] += z >= point.below ? g : 0.f;
             g = (z >= point.from) & (z < point.below) ? g : 0.f;
           }
           put(out, j, g);
@@ -412,19 +426,35 @@ void choose(const Args& o, bool back) {
 }
 template <class T>
 void choose(const Args& o, bool back) {
-  if (o.activation == ROUND) choose<T, ROUND>(o, back);
-  else o.activation == PRELU ? choose<T, PRELU>(o, back) : choose<T, CLIP>(o, back);
+  if (o.activation == PRELU) choose<T, PRELU>(o, back);
+  else o.activation == CLIP ? choose<T, CLIP>(o, back) : choose<T, BOUNDED>(o, back);  // RELU: the same loop
 }
 void choose(const Args& o, bool back) { o.bf16 ? choose<Bf16>(o, back) : choose<float>(o, back); }
 const Args& args(void* data) { return *static_cast<const Args*>(data); }
 
 }  // namespace
 
+#define PASTE(name, level) name##_##level
+#define NAMED(name, level) PASTE(name, level)
+#define ENTRY(name) void NAMED(name, LEVEL)(void* data)
+
 extern "C" {
-void stats_part(void* data) { args(data).bf16 ? stats<Bf16>(args(data)) : stats<float>(args(data)); }
-void stats_end(void* data) { finish_stats(args(data)); }
-void forward_part(void* data) { choose(args(data), false); }
-void reduce_part(void* data) { choose(args(data), true); }
-void reduce_end(void* data) { finish_reduce(args(data)); }
-void apply_part(void* data) { args(data).bf16 ? apply<Bf16>(args(data)) : apply<float>(args(data)); }
+ENTRY(stats_part) { args(data).bf16 ? stats<Bf16>(args(data)) : stats<float>(args(data)); }
+ENTRY(stats_end) { finish_stats(args(data)); }
+ENTRY(forward_part) { choose(args(data), false); }
+ENTRY(reduce_part) { choose(args(data), true); }
+ENTRY(reduce_end) { finish_reduce(args(data)); }
+ENTRY(apply_part) { args(data).bf16 ? apply<Bf16>(args(data)) : apply<float>(args(data)); }
+#ifdef BASE  // what is asked for are the instruction sets that build.py names
+const char* level() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    return "avx512";
+  if (__builtin_cpu_supports("avx2")) return "avx2";
+#endif
+  return "plain";
+}
+#endif
 }

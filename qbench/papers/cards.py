@@ -149,7 +149,7 @@ def read(path: Path) -> Card:
     """The card in the file `path`, checked; see `load`."""
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        return _card(path.stem, yaml.load(path.read_text(), loader))
+        return _card(path.stem, yaml.load(path.read_text(encoding="utf-8"), loader))
     except UserError as error:
         raise UserError(f"{path.name}: {error}") from error
     except (AttributeError, KeyError, TypeError, ValueError) as error:

@@ -17,6 +17,7 @@ from qbench.papers.cards import Card
 from qbench.papers.cells import STATUSES, TRIAL, Cell, accuracy, cells, title, verdict
 from qbench.papers.results import Kept, read
 from qbench.papers.setups import SetupOf
+from qbench.records import read_notes
 
 
 def _number(card: Card, value: float | None, spread: float | None = None) -> str:
@@ -70,8 +71,7 @@ def write(card: Card, folder: Path, setup_of: SetupOf) -> Path:
     atomic_write(folder / "table.csv", table(card, kept))
     if drawable(card, kept):
         plots.draw(card, {b: cells(card, kept, b) for b in kept.budgets() or ["paper"]}, folder)
-    notes = folder / "notes.md"
-    return atomic_write(folder / "table.md", page(card, kept, setup_of, notes.read_text() if notes.is_file() else ""))
+    return atomic_write(folder / "table.md", page(card, kept, setup_of, read_notes(folder)))
 
 
 def drawable(card: Card, kept: Kept) -> bool:

@@ -4,7 +4,6 @@ A run is known by its key, which names everything that decides its numbers; the 
 """
 
 import json
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,23 @@ from typing import Any
 
 from qbench.errors import UserError
 from qbench.papers.cards import Card, Row
-from qbench.records import read_config, read_result
+from qbench.records import (
+    COUNTS,
+    DATA,
+    NUMBER,
+    OPEN,
+    RESULT,
+    Each,
+    check,
+    leaving_out,
+    opened,
+    parsed,
+    read_config,
+    read_metrics,
+    read_result,
+    sealed,
+    text_of,
+)
 
 RESULTS = "results.json"
 # What of a data set decides its images, beside the name and its augmentation; the last four: of the synthetic one.
@@ -43,6 +58,21 @@ KEPT = (
     "torch",
     "weights_sha256",
 )
+ENTRY: dict[str, Any] = {
+    **dict.fromkeys(("row", "budget", "key"), str),
+    "seed": int,
+    "earlier": bool,
+    "data": DATA,
+    "split": dict,
+    **dict.fromkeys(("w_bits", "a_bits", "bits_per_weight", "bytes", "seconds"), NUMBER),
+    **dict.fromkeys(("w_bits_learned?", "a_bits_learned?"), NUMBER),
+    **dict.fromkeys((f"{k}?" for k in KEPT if k.startswith(("accuracy", "float", "epoch"))), OPEN),
+    **dict.fromkeys(("precision?", "device?", "code?", "version?", "torch?", "weights_sha256?"), str),
+    "threads?": int,
+    "course?": Each([OPEN]),
+    "histogram?": COUNTS,
+}
+SHAPE = {"runs": [ENTRY], "failed": Each(str)}
 
 
 @dataclass
@@ -75,7 +105,8 @@ class Kept:
         order = sorted(self.entries, key=lambda e: (e["budget"], e["row"], e["seed"], not e["earlier"]))
         lines = ",\n".join("  " + json.dumps(e, sort_keys=True) for e in order)
         failed = json.dumps(self.failed, sort_keys=True, indent=1)
-        return f'{{"runs": [\n{lines}\n],\n"failed": {failed}}}\n'
+        checksum = sealed({"runs": order, "failed": self.failed})["checksum"]
+        return f'{{"runs": [\n{lines}\n],\n"failed": {failed},\n"checksum": "{checksum}"}}\n'
 
     def of(self, row: Row, budget: str) -> list[dict[str, Any]]:
         """The newest entry of each seed, by seed; one that fits today's configuration before one that does not."""
@@ -100,15 +131,23 @@ def _attempt(row: str, seed: int, budget: str) -> str:
 
 
 def read(folder: Path) -> Kept:
-    """The results.json in `folder`, or nothing."""
+    """The results.json in `folder`, or nothing.
+
+    Errors: UserError naming file and field. Two versions that were merged by hand have no checksum in common: without
+    its line, entries are checked by their shape alone, and the next study that writes there seals them again.
+    """
     path = folder / RESULTS
-    if not path.is_file():
+    if not path.exists():
         return Kept()
     try:
-        content = json.loads(path.read_text())
-        return Kept(list(content["runs"]), dict(content["failed"]))
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is corrupt ({error}); restore it or move it away") from error
+        content = opened(parsed(text_of(path)))
+        check(content, SHAPE)
+        return Kept(content["runs"], content["failed"])
+    except ValueError as error:
+        raise UserError(
+            f"{path} is corrupt ({error}); restore it or move it away, and if two versions were merged by hand, "
+            "delete its line 'checksum'"
+        ) from error
 
 
 def progress(card: Card, run: Path) -> dict[str, Any]:
@@ -117,18 +156,16 @@ def progress(card: Card, run: Path) -> dict[str, Any]:
     The course has a value per evaluation of each of epoch, test_accuracy, test_loss, what the training logged since
     the evaluation before (mean train_accuracy and train_loss, last lr), and the telemetry's means over the layers.
     """
-    path = run / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.is_file() else []
     points: dict[int, dict[str, float | None]] = {}
     logs: list[dict[str, Any]] = []
     found: dict[str, Any] = {}
-    for r in (json.loads(line) for line in lines if line.endswith("}")):
+    for r in read_metrics(run):
         if r.get("phase") == "train":
             logs.append(r)
         elif r.get("phase") == "test":
-            told = {"epoch": r["epoch"], "test_accuracy": r["accuracy"], "test_loss": r["loss"]}
-            told |= {f"train_{k}": average(log[k] for log in logs) for k in ("accuracy", "loss")}
-            points[r["step"]] = told | {"lr": logs[-1]["lr"] if logs else None}
+            told = {"epoch": r.get("epoch"), "test_accuracy": r.get("accuracy"), "test_loss": r.get("loss")}
+            told |= {f"train_{k}": average(log.get(k) for log in logs) for k in ("accuracy", "loss")}
+            points[r["step"]] = told | {"lr": logs[-1].get("lr") if logs else None}
             logs = []
         elif "telemetry" in r and r["step"] in points:
             layers = r["telemetry"].values()
@@ -195,8 +232,9 @@ def split_in(folder: Path) -> dict[str, Any]:
 def finished(folders: Iterable[Path]) -> Iterator[dict[str, Any]]:
     """Every result.json below the folders, with its folder; one that is corrupt is left out, as its run will say so."""
     for folder in folders:
-        for path in sorted(folder.glob("**/result.json")):
-            try:
-                yield {**read_result(path), "folder": str(path.parent), "split": split_in(path.parent)}
-            except (UserError, OSError) as error:
-                print(f"left out: {error}", file=sys.stderr)
+        for path in sorted(folder.glob(f"**/{RESULT}")):
+            found = None
+            with leaving_out():
+                found = {**read_result(path), "folder": str(path.parent), "split": split_in(path.parent)}
+            if found is not None:
+                yield found

@@ -15,16 +15,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
-from qbench.config import catalog
+from qbench.config import allowed, catalog
 from qbench.config.source import code_hash
 from qbench.errors import UserError, unknown
-from qbench.files import atomic_write
+from qbench.files import atomic_write, locked
 from qbench.papers import cards, pages
 from qbench.papers.cards import Card, Row
 from qbench.papers.results import RESULTS, entry, finished, key_of, read
 from qbench.papers.setups import SetupOf, setup
+from qbench.records import leaving_out
 
 Compose = Callable[[Sequence[str]], dict[str, Any]]
 PLACES = ("device", "threads", "dataset.root", "tensorboard", "checkpoint_seconds", "debug")
@@ -191,6 +190,7 @@ class Study:
         if (row.id, budget) not in self.configs:
             try:
                 words = [*run_words(row, budget), f"out={self.ask.out}", *self.ask.places]
+                allowed.check_words(run_words(row, budget), "a card's words")
                 self.configs[row.id, budget] = self.compose(words)
             except UserError as error:
                 raise UserError(f"{self.card.name}, row '{row.id}': {error}") from error
@@ -207,8 +207,9 @@ class Study:
                         e["earlier"] = e["key"] != key_of(self.config(row, budget, e["seed"]), e["data"], e["split"])
                 for seed in {r["seed"] for r in self.runs.values()}:
                     found = self.find(self.config(row, budget, seed))
-                    if found is not None:
-                        self.add(row, budget, found)
+                    with leaving_out():
+                        if found is not None:
+                            self.add(row, budget, found)
 
     def find(self, config: Mapping[str, Any]) -> dict[str, Any] | None:
         """The finished run of `config` among those in `out`."""
@@ -278,7 +279,7 @@ class Study:
     def save(self) -> None:
         """Write results.json; what another study wrote there meanwhile stays."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.folder / ".lock"):
+        with locked(self.folder / ".lock"):
             self.kept.merge(read(self.folder))
             atomic_write(self.folder / RESULTS, self.kept.text())
 

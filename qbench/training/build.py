@@ -35,8 +35,8 @@ def clear_errors(what: str) -> Iterator[None]:
         yield
     except InstantiationException as error:
         cause = error.__cause__
-        if isinstance(cause, (ValueError, TypeError, UserError)):
-            raise UserError(f"{what}: {cause}") from error
+        if cause is None or isinstance(cause, (ValueError, TypeError, UserError, ImportError)):
+            raise UserError(f"{what}: {cause or str(error).splitlines()[0]}") from error
         raise
     except (ValueError, TypeError) as error:
         raise UserError(f"{what}: {error}") from error

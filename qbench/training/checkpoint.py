@@ -1,39 +1,133 @@
 """Atomic save and load of everything that decides the next step."""
 
+import argparse
+import hashlib
 import io
 import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy._core.multiarray import _reconstruct, scalar
 from torch import nn
 
 from qbench.errors import UserError
 from qbench.files import atomic_write
+from qbench.records import RESULT, read_result
+from qbench.training import weights
+
+MARK = b"sha256:"  # in the comment of the zip archive that torch.save makes: any torch reads the file as ever
+# Numbers and options that trainings keep beside the weights; to build them runs no code of the file's.
+HARMLESS: list[Any] = [
+    argparse.Namespace,
+    np.ndarray,
+    np.dtype,
+    *(getattr(np.dtypes, name) for name in np.dtypes.__all__),
+    *((f, f"numpy.{core}.multiarray.{f.__name__}") for f in (scalar, _reconstruct) for core in ("core", "_core")),
+]
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
-    """Write `content` so that a kill at any moment leaves the old file or the new one."""
+    """Write `content` with a hash of itself, so that a kill at any moment leaves the old file or the new one."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    atomic_write(path, buffer.getvalue())
+    data = buffer.getvalue()
+    comment = MARK + hashlib.sha256(data).hexdigest().encode()
+    atomic_write(path, data[:-2] + len(comment).to_bytes(2, "little") + comment)  # zip ends with its comment's length
 
 
 def load(path: Path) -> Any:
-    """Read what torch.save wrote (tensors and plain values only).
+    """Read what torch.save wrote: tensors, plain values, and what is HARMLESS.
 
-    Errors: UserError naming the file when it is missing, truncated or corrupt.
+    Errors: UserError naming the file when it is missing, damaged, or holds an object that could run code.
     """
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    inner, mark, noted = data.rpartition(MARK)
+    whole = not (mark and len(noted) == 64) or hashlib.sha256(inner[:-2] + b"\0\0").hexdigest().encode() == noted
+    try:
+        if not whole:
+            raise ValueError("it is not what was written: its hash differs")
+        with torch.serialization.safe_globals(HARMLESS):
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:
+        if whole and (strange := _strange(data)):
+            raise UserError(
+                f"{path} is no plain checkpoint: it holds {strange}, and reading such an object could run any code. "
+                "Save the weights alone, where you trust it: torch.save(model.state_dict(), FILE)"
+            ) from error
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{path} is not a readable checkpoint ({first}). It was left as it is: delete it, or name another one."
         ) from error
+
+
+def _strange(data: bytes) -> str:
+    """The names of the classes or functions in a checkpoint that are not loaded; empty where it is damaged."""
+    try:
+        with torch.serialization.safe_globals(HARMLESS):
+            return ", ".join(torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data))[:3])
+    except Exception:
+        return ""
+
+
+def load_net(path: Path) -> Any:
+    """The content of a checkpoint; the model.pt of a finished run is compared with the hash in its result.json.
+
+    Errors: UserError naming the file.
+    """
+    state, beside = load_any(path), path.parent / RESULT
+    if path.name == "model.pt" and beside.is_file():
+        noted = read_result(beside).get("weights_sha256")
+        if noted and noted != (sha256_of(state) if isinstance(state, dict) else None):
+            raise UserError(
+                f"{path} is damaged: its weights are not those of {beside}; move the folder away to run again"
+            )
+    return state
+
+
+def load_any(path: Path) -> Any:
+    """`load`, or the tensors of a .safetensors file."""
+    if path.suffix != ".safetensors":
+        return load(path)
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is not a readable safetensors file ({error})") from error
+
+
+def sha256_of(state: Mapping[str, Any]) -> str:
+    """SHA-256 over names and bytes of every tensor of a state_dict."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        if isinstance(tensor, torch.Tensor):
+            sha.update(name.encode() + tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+@contextmanager
+def belonging(path: Path, content: Any, total: int) -> Iterator[dict[str, Any]]:
+    """The content of the checkpoint of a run of `total` steps, while it is put back.
+
+    Errors: UserError where it lacks something, does not fit, or is of a step that the run has not.
+    """
+    try:
+        step = content["step"]
+        if type(step) is not int or not 0 <= step <= total:
+            raise ValueError(f"it is of step {step}, the run has {total}")
+        yield content
+    except (KeyError, RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} does not belong to this run: {error}") from error
 
 
 def random_state() -> dict[str, Any]:
@@ -67,35 +161,15 @@ def seed_all(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def load_weights(model: nn.Module, path: Path) -> list[str]:
-    """Load a plain state_dict of the same architecture into `model`: by key, else by order and shape.
+def load_weights(model: nn.Module, path: Path, new_head: bool = False) -> list[str]:
+    """Load the weights of the same architecture into `model`, by name where any name fits (see `weights.fit`).
 
-    A wrapper such as {'state_dict': ...} or {'model': ...} and a 'module.' prefix are taken off. Returns the lines of
-    the mapping where keys differ, for the screen; empty when they were equal.
+    new_head: the last layer keeps its initialisation, so that the file may have another number of classes.
+    Returns what there is to say, for the screen; empty when every tensor was there under its name.
 
-    Errors: UserError naming the file and the first tensor that does not fit.
+    Errors: UserError naming the file and the tensors that do not fit.
     """
-    content = load(path)
-    for key in ("state_dict", "model", "net", "weights"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict) or not all(isinstance(v, torch.Tensor) for v in content.values()) or not content:
-        raise UserError(f"{path} holds no state_dict (a mapping from names to tensors)")
-    given = {k.removeprefix("module."): v for k, v in content.items()}
-    own = model.state_dict()
-    if given.keys() == own.keys() and all(given[k].shape == own[k].shape for k in own):
-        model.load_state_dict(given)
-        return []
-    skip = "num_batches_tracked"
-    mine = [(k, v) for k, v in own.items() if not k.endswith(skip)]
-    theirs = [(k, v) for k, v in given.items() if not k.endswith(skip)]
-    for (k, v), (g, u) in zip(mine, theirs, strict=False):
-        if v.shape != u.shape:
-            raise UserError(
-                f"{path} is of another architecture: {g} has shape {list(u.shape)} "
-                f"where the model's {k} has {list(v.shape)}"
-            )
-    if len(mine) != len(theirs):
-        raise UserError(f"{path} is of another architecture: it holds {len(theirs)} tensors, the model has {len(mine)}")
-    model.load_state_dict({k: u for (k, _), (_, u) in zip(mine, theirs, strict=True)}, strict=False)
-    return [f"{g} -> {k}" for (k, _), (g, _) in zip(mine, theirs, strict=True) if g != k]
+    given = weights.tensors_of(load_net(path), path)
+    found, lines = weights.fit(model.state_dict(), given, path, new_head, ordered=path.suffix != ".safetensors")
+    model.load_state_dict(found, strict=False)
+    return lines

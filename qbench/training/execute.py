@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from filelock import FileLock, Timeout
 from torch import nn
 
 from qbench import files, kernels
@@ -17,6 +16,7 @@ from qbench.config.identity import parent_of
 from qbench.config.source import code_hash
 from qbench.errors import UserError
 from qbench.figures.report import tell
+from qbench.records import read_before, sealed, trained
 from qbench.screen import Screen
 from qbench.training import checkpoint, device, evaluation, precision, trainer
 from qbench.training.build import (
@@ -33,7 +33,7 @@ from qbench.training.build import (
 from qbench.training.outcome import summary, write
 from qbench.training.parallel import in_workers
 from qbench.training.recorder import Recorder
-from qbench.training.run import Run, checkpoint_file, parent_places, prepare
+from qbench.training.run import Run, parent_places, prepare, start_from_file
 
 
 def execute(config: dict[str, Any], screen: Screen | None = None) -> dict[str, Any]:
@@ -73,7 +73,9 @@ def _try(run: Run) -> None:
     device.pick(run.config["device"])
     device.set_threads(run.config["threads"])
     distillation(run.config)
-    quantize(run.config, make_model(run.config, run.data), make_method(run.config))
+    model = make_model(run.config, run.data)
+    start_from_file(run, model, Screen(quiet=True))
+    quantize(run.config, model, make_method(run.config))
 
 
 def _make_folder(folder: Path) -> None:
@@ -85,22 +87,18 @@ def _make_folder(folder: Path) -> None:
 
 @contextmanager
 def _sole_owner(folder: Path, screen: Screen) -> Iterator[None]:
-    """Hold the folder's lock; the system frees it when its holder dies."""
+    """Hold the folder's lock."""
     if evaluation.rank() > 0:
         yield
         return
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        screen.line(f"waiting: another process is at work in {folder}")
-        lock.acquire()
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}. Choose another folder with out=DIR.") from error
-    try:
+    with ExitStack() as held:
+        try:
+            held.enter_context(
+                files.locked(folder / ".lock", lambda: screen.line(f"waiting: another process is at work in {folder}"))
+            )
+        except OSError as error:
+            raise UserError(f"cannot write {folder}: {error.strerror}. Choose another folder with out=DIR.") from error
         yield
-    finally:
-        lock.release()
 
 
 def float_parent(run: Run, screen: Screen) -> tuple[Path, dict[str, Any]]:
@@ -111,39 +109,26 @@ def float_parent(run: Run, screen: Screen) -> tuple[Path, dict[str, Any]]:
         if found is not None:
             if not (done.folder / "model.pt").is_file():
                 raise UserError(f"{done.folder} has lost its model.pt; move the folder away, and it is trained again")
-            screen.line(f"float parent: {done.folder} ({found['accuracy_last']:.2f} %)")
+            screen.line(f"float parent: {done.folder} ({trained(found, done.folder)['accuracy_last']:.2f} %)")
             return done.folder / "model.pt", found
     screen.line(f"float parent: training it once, in {parent.folder}")
-    found = perform(parent, screen)
+    found = trained(perform(parent, screen), parent.folder)
     return parent.folder / "model.pt", found
 
 
 def start_weights(run: Run, model: nn.Module, place: torch.device, screen: Screen) -> float | None:
     """Load what the run starts from into `model`; returns the float accuracy where there is one."""
-    config, init = run.config, run.config["init"]
-    if init == "scratch":
-        return None
-    if init == "float":
+    if run.config["init"] == "float":
         path, result = float_parent(run, screen)
-    else:
-        path, result = checkpoint_file(init), {}
-        _check_data(path, run)
-    for line in checkpoint.load_weights(model, path):
-        screen.line(f"  {line}")
-    if result:
+        checkpoint.load_weights(model, path)
         return float(result["accuracy_last"])
-    place_net(model, place, config["channels_last"])
-    test = make_batches(config, run.data, run.data.test, place, False)
-    return evaluation.evaluate(model, test, place, trainer.REPORTED)[1]
-
-
-def _check_data(path: Path, run: Run) -> None:
-    """Refuse a checkpoint of ours that was trained on other data (its test images may have been training images)."""
-    beside = path.parent / "result.json"
-    if beside.is_file():
-        theirs = json.loads(beside.read_text()).get("identity", {}).get("data", {}).get("checksum")
-        if theirs not in (None, run.data.checksum):
-            raise UserError(f"{path} was trained on other data than dataset={run.data.name} (or another split of it)")
+    if start_from_file(run, model, screen) is None:
+        return None
+    place_net(model, place, run.config["channels_last"])
+    test = make_batches(run.config, run.data, run.data.test, place, False)
+    accuracy = evaluation.evaluate(model, test, place, trainer.REPORTED)[1]
+    screen.line(f"start: {run.config['init']} ({accuracy:.2f} % in float)")
+    return accuracy
 
 
 def _compute(run: Run, screen: Screen) -> dict[str, Any]:
@@ -163,6 +148,7 @@ def _train(run: Run, screen: Screen, opened: ExitStack) -> dict[str, Any]:
     if place.type == "cuda" and config["graph"] and loop.eager:
         screen.line(f"graph: off, {loop.eager}")
     before = _calibrated(run, net, loop, screen)
+    earlier = loop.outcome.seconds  # of training, before the run was cut off
     outcome = trainer.Outcome(before, before, 0.0) if loop.idle else loop.train()
     if loop.idle:
         loop.take_stock()
@@ -172,7 +158,7 @@ def _train(run: Run, screen: Screen, opened: ExitStack) -> dict[str, Any]:
     result |= {"code": code, "device": str(place), "kernels": kernels.tier(), "graph": loop.captured is not None}
     if outcome.seconds > 0 and loop.total:
         result["images_per_s"] = round(loop.total * loop.recipe.batch_size / outcome.seconds)
-    result["seconds_total"] = round(time.monotonic() - started, 1)
+    result["seconds_total"] = round(earlier + time.monotonic() - started, 1)
     if net.method.name == "float":
         result["float_accuracy"] = result["accuracy_last"]
     if recorder is not None:
@@ -218,14 +204,14 @@ def _calibrated(run: Run, net: Assembly, loop: trainer.Trainer, screen: Screen) 
     note = run.folder / "before.json"
     if loop.restore():
         screen.line(f"resumed {loop.where()}")
-        return json.loads(note.read_text())["accuracy_before_training"]  # type: ignore[no-any-return]
+        return read_before(run.folder)
     net.calibrate(loop)
     before = None
     if run.config["init"] != "scratch":
         before = evaluation.evaluate(net.model, net.tests["test"], net.place, trainer.REPORTED)[1]
         screen.line(f"calibrated only: {before:.2f} %")
     if evaluation.rank() == 0:
-        files.atomic_write(note, json.dumps({"accuracy_before_training": before}))
+        files.atomic_write(note, json.dumps(sealed({"accuracy_before_training": before})))
     checkpoint.seed_all(seed_of(run.config["seed"], f"training {evaluation.rank()}"))
     return before
 

@@ -1,7 +1,7 @@
 """What can be done with a run before and after it is computed: plan it, evaluate it again, take its net."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,23 +9,35 @@ from typing import Any
 from torch import nn
 
 from qbench import kernels
+from qbench.config import allowed
 from qbench.config.identity import parent_of
 from qbench.config.recipe import Recipe
 from qbench.data import load
 from qbench.errors import UserError, unknown
 from qbench.quant import surgery
 from qbench.quant.layers import quantized_weights
-from qbench.records import RESULT, read_config, read_result
+from qbench.records import CONFIG, RESULT, read_config, read_result
+from qbench.screen import Screen
 from qbench.training import checkpoint, device, evaluation, trainer
 from qbench.training.build import assemble, make_batches, make_method, make_model, place_net, quantize
 from qbench.training.optim import criterion
-from qbench.training.run import parent_places, prepare
+from qbench.training.run import parent_places, prepare, start_from_file
 from qbench.training.stages import parts
 
 
-def rebuild(folder: Path) -> nn.Module:
-    """The trained, quantized net of a finished run, in eval mode; the data are loaded where it lacks their shape."""
+def read_trusted(folder: Path, allow: Sequence[str] = ()) -> dict[str, Any]:
+    """The configuration of a finished run that names nothing but what may be built (`allowed.check`)."""
     config = read_config(folder)
+    allowed.check(config, str(folder / CONFIG), allow)
+    return config
+
+
+def rebuild(folder: Path, allow: Sequence[str] = ()) -> nn.Module:
+    """The trained, quantized net of a finished run, in eval mode; the data are loaded where it lacks their shape.
+
+    allow: packages of which a net may be built, beside qbench's own, torch.nn and torchvision.models.
+    """
+    config = read_trusted(folder, allow)
     images = {k: config["dataset"].get(k) for k in ("channels", "classes", "size")}
     return _net(folder, config, SimpleNamespace(**images) if all(images.values()) else load(config["dataset"]))
 
@@ -37,17 +49,23 @@ def _net(folder: Path, config: dict[str, Any], data: Any) -> nn.Module:
 
 
 def _trained(model: nn.Module, folder: Path) -> nn.Module:
-    state = checkpoint.load(folder / "model.pt")
+    state = checkpoint.load_net(folder / "model.pt")
     try:
         model.load_state_dict(state)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, AttributeError) as error:
         raise UserError(f"{folder / 'model.pt'} does not fit its config.yaml: {error}") from error
     return model.eval()
 
 
-def evaluate(folder: Path, dataset: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], float, float]:
-    """Evaluate a finished run again: (its result, loss, accuracy in percent); `dataset` replaces keys of its data."""
-    config = read_config(folder)
+def evaluate(
+    folder: Path, dataset: Mapping[str, Any] | None = None, where: str | None = None, allow: Sequence[str] = ()
+) -> tuple[dict[str, Any], float, float]:
+    """Evaluate a finished run again: (its result, loss, accuracy in percent).
+
+    dataset: replaces keys of its data. where: the device, as in `device=`; null: the run's. allow: as in `rebuild`.
+    """
+    config = read_trusted(folder, allow)
+    config["device"] = where or config["device"]
     for key, value in (dataset or {}).items():
         if key not in config["dataset"]:
             raise unknown(f"option of dataset={config['dataset']['name']}", key, config["dataset"])
@@ -81,7 +99,7 @@ def plan(config: dict[str, Any]) -> dict[str, Any]:
     """What a run would do: resolved configuration, manifest, steps and an estimate of its seconds; nothing is kept."""
     run = prepare(config)
     config = run.config
-    net = assemble(config, run.data)
+    net = assemble(config, run.data, lambda model: start_from_file(run, model, Screen()))
     model, place = net.model, net.place
     recipe = Recipe(**config["train"])
     train = make_batches(config, run.data, run.data.train, place, True)

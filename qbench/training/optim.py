@@ -1,6 +1,5 @@
 """The optimizer and the loss that a recipe names."""
 
-import importlib
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -10,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qbench.config.recipe import OPTIMIZERS, Recipe
-from qbench.errors import UserError
+from qbench.config.recipe import Recipe, imported, optimizer_class, optimizer_fields
 from qbench.quant.layers import QuantLayer
 from qbench.quant.method import Hook, Method
 from qbench.quant.quantizer import Quantizer
@@ -142,15 +140,7 @@ def make_optimizer(
     On a CUDA `device` fused where torch has it. `capturable`: fit for a CUDA graph, one of `CAPTURABLE`.
     """
     name = name or recipe.optimizer
-    if "." in name:
-        cls = imported("train.optimizer", name)
-        return cls(groups, lr=recipe.lr)  # type: ignore[no-any-return]
-    cls = getattr(torch.optim, OPTIMIZERS[name])
-    options: dict[str, Any] = {}
-    if name == "sgd":
-        options = {"momentum": recipe.momentum, "nesterov": recipe.nesterov}
-    elif name in ("adam", "adamw", "adamax"):
-        options = {"betas": tuple(recipe.betas)}
+    cls, options = optimizer_class(name), optimizer_fields(recipe, name)
     if capturable:
         options |= CAPTURABLE[name]
         groups = [{**group, "lr": torch.tensor(recipe.lr, device=device)} for group in groups]
@@ -159,18 +149,6 @@ def make_optimizer(
     optimizer: torch.optim.Optimizer = cls(groups, lr=recipe.lr, **options)
     _start_momentum(optimizer)
     return optimizer
-
-
-def imported(option: str, path: str) -> Any:
-    """What the dotted `path` that `option` names stands for.
-
-    Errors: UserError where it cannot be imported.
-    """
-    module, _, name = path.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"{option}={path} cannot be imported: {error}") from error
 
 
 def _start_momentum(optimizer: torch.optim.Optimizer) -> None:

@@ -1,6 +1,5 @@
 """What a run leaves: its result, manifest, pictures, and the hash of its weights."""
 
-import hashlib
 import json
 from typing import Any
 
@@ -20,11 +19,7 @@ from qbench.training.run import Run
 
 def weights_sha256(model: nn.Module) -> str:
     """SHA-256 over names and bytes of every tensor of the net."""
-    sha = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if isinstance(tensor, torch.Tensor):
-            sha.update(name.encode() + tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return sha.hexdigest()
+    return checkpoint.sha256_of(model.state_dict())
 
 
 def summary(run: Run, model: nn.Module, outcome: trainer.Outcome) -> dict[str, Any]:
@@ -57,11 +52,10 @@ def write(run: Run, model: nn.Module, kept: dict[str, str], recorder: Recorder, 
     if any("quantizer" in entry for entry in manifest["weights"].values()):
         plots.histograms(folder, result, records)
         telemetry_plots.telemetry(folder, result, records)
+    plots.units(folder, result, records)
     recorder.result(result)
     recorder.close()
-    for path in (
-        folder / "checkpoint.pt",
-        folder / "before.json",
-        *folder.glob(".*.*"),
-    ):  # .*.*: writes cut off by a kill
-        path.unlink(missing_ok=True)
+    for name in ("checkpoint.pt", "before.json"):
+        if (folder / name).is_file():
+            (folder / name).unlink()
+    files.remove_parts(folder)

@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import tempfile
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import torch.multiprocessing as mp
 from qbench.errors import UserError
 from qbench.screen import Screen
 from qbench.training import device
-from qbench.training.interrupt import Interrupted
+from qbench.training.interrupt import SIGNALS, Interrupted, handling
 from qbench.training.run import Run, prepare
 
 LOST = "lost another worker"
@@ -36,12 +38,23 @@ def in_workers(config: dict[str, Any], workers: int, perform: Perform) -> dict[s
     with tempfile.TemporaryDirectory(prefix="qbench-workers-") as folder:
         ended = ""
         try:
-            mp.start_processes(  # type: ignore[attr-defined]
+            context = mp.start_processes(  # type: ignore[attr-defined]
                 _work,
                 args=(workers, {**config, "threads": threads}, folder, perform),
                 nprocs=workers,
                 start_method="spawn",
+                join=False,
             )
+
+            def passed_on(number: int, frame: Any) -> None:
+                """SIGTERM to every worker; a terminal has sent its Ctrl-C to them already."""
+                for pid in context.pids() if number == signal.SIGTERM else ():
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, number)
+
+            with handling(SIGNALS, passed_on):
+                while not context.join():
+                    pass
         except mp.ProcessExitedException as error:  # type: ignore[attr-defined]
             ended = str(error)
         notes = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from qbench.errors import UserError
 from qbench.files import atomic_write
-from qbench.records import METRICS, RESULT, read_metrics
+from qbench.records import METRICS, RESULT, read_metrics, sealed
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
@@ -94,9 +95,13 @@ class Recorder:
                     self._tensorboard().add_histogram_raw(f"{part}/{layer}", **_raw(histogram[part]), global_step=step)
 
     def result(self, values: Mapping[str, Any]) -> Path:
-        """Writes result.json, whole or not at all; call it last, for where it stands the run is done."""
+        """Writes result.json, whole or not at all; call it last, for where it stands the run is done.
+
+        It seals itself and what lies beside it (`records.sealed`).
+        """
         self.flush()
-        text = json.dumps(_plain(values, digits=None), sort_keys=True, indent=2, allow_nan=False)
+        content = sealed(_plain(values, digits=None), self.folder)
+        text = json.dumps(content, sort_keys=True, indent=2, allow_nan=False)
         return atomic_write(self.folder / RESULT, text + "\n")
 
     def flush(self) -> None:
@@ -117,8 +122,11 @@ class Recorder:
         try:
             self._file.write(_line(record))
             self._file.flush()
+            gone = os.fstat(self._file.fileno()).st_nlink == 0
         except OSError as error:
             raise UserError(f"cannot write {self.folder / METRICS}: {error.strerror}.") from error
+        if gone:
+            raise UserError(f"{self.folder / METRICS} was removed while the run was at work")
         self.count += 1
         return record
 

@@ -4,12 +4,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from qbench import files
+from qbench.config import options
 from qbench.config.identity import digest, folder_name, identity, parent_of
 from qbench.data import DataSet, load
 from qbench.errors import UserError
-from qbench.records import read_result
-from qbench.training import precision
+from qbench.records import RESULT, read_result
+from qbench.screen import Screen
+from qbench.training import checkpoint, precision
 from qbench.training.build import make_model
 
 # Float parents that travel with the repository, so that every run starts from the same nets.
@@ -39,8 +43,9 @@ class Run:
 def prepare(config: dict[str, Any], data: DataSet | None = None) -> Run:
     """Load the data, decide what was left to `auto`, and name the run's folder."""
     data = load(config["dataset"]) if data is None else data
-    shape, plain = (data.channels, data.size, data.classes), config
-    config = precision.decided(config, shape, lambda: make_model(plain, data))
+    options.check_size(config, len(data.train))
+    plain = config
+    config = precision.decided(config, lambda: make_model(plain, data))
     facts = {k: getattr(data, k) for k in ("name", "checksum", "augment", "mean", "std")}
     if data.preprocess != "standard":
         facts["preprocess"] = data.preprocess
@@ -65,6 +70,24 @@ def checkpoint_file(name: str) -> Path:
     path = path / "model.pt" if path.is_dir() else path
     if not path.is_file():
         raise UserError(f"init={name}: neither 'scratch' nor 'float' nor a checkpoint file or run folder")
+    return path
+
+
+def start_from_file(run: Run, model: nn.Module, screen: Screen) -> Path | None:
+    """Load the checkpoint that `init` names into `model`, and return its path; None where it names none.
+
+    Errors: UserError where it does not fit, or where it is one of ours that was trained on other data.
+    """
+    init = run.config["init"]
+    if init in ("scratch", "float"):
+        return None
+    path = checkpoint_file(init)
+    beside = path.parent / RESULT
+    if beside.is_file() and read_result(beside)["identity"]["data"]["checksum"] != run.data.checksum:
+        # its test images may have been training images
+        raise UserError(f"{path} was trained on other data than dataset={run.data.name} (or another split of it)")
+    for line in checkpoint.load_weights(model, path, run.config["init_head"] == "new"):
+        screen.line(f"  {line}")
     return path
 
 

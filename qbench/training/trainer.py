@@ -189,24 +189,22 @@ class Trainer:
         if not self.checkpoint_path.is_file():
             return False
         content = checkpoint.load(self.checkpoint_path)
-        try:
+        with checkpoint.belonging(self.checkpoint_path, content, self.total):
             self.model.load_state_dict(content["model"])
             self.hooks.load_state_dict(content["hooks"])
             index, step = content["stage"]
             self._enter(index, step)
             self.optimizer.load_state(content["optimizer"])
             mine = content["randoms"][rank()]
-        except (KeyError, RuntimeError, ValueError, IndexError, TypeError) as error:
-            raise UserError(f"{self.checkpoint_path} does not belong to this run: {error}") from error
-        self.state.step = self.last_saved_step = content["step"]
-        self.state.epoch = self.state.step / self.steps_per_epoch
-        checkpoint.set_random_state(mine["global"])
-        self.state.generator.set_state(mine["own"])
-        self.outcome = Outcome(**content["outcome"])
-        self.telemetry.load_state_dict(content.get("telemetry", {}))
-        losses, correct, self.seen = content["running"]
-        self.losses = list(losses.to(self.device).unbind()) if len(losses) else []
-        self.correct.copy_(correct)
+            self.state.step = self.last_saved_step = content["step"]
+            self.state.epoch = self.state.step / self.steps_per_epoch
+            checkpoint.set_random_state(mine["global"])
+            self.state.generator.set_state(mine["own"])
+            self.outcome = Outcome(**content["outcome"])
+            self.telemetry.load_state_dict(content.get("telemetry", {}))
+            losses, correct, self.seen = content["running"]
+            self.losses = list(losses.to(self.device).unbind()) if len(losses) else []
+            self.correct.copy_(correct)
         return True
 
     def train(self) -> Outcome:

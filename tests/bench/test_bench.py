@@ -1,11 +1,11 @@
-"""The benchmark: its names and numbers, what it holds a later version to, its page; precision=auto; start-up."""
+"""The benchmark: its names and numbers, what it holds a later version to, its page; start-up."""
 
 import json
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,12 @@ import pytest
 import torch
 
 from qbench import kernels
-from qbench.bench import command, gpu, memory, page
+from qbench.bench import busy, command, gpu, memory, page
 from qbench.bench.setting import STEPS, Setting, trainer
 from qbench.bench.timing import Entry, alternate, ratio
 from qbench.bench.whole import FIRST_STEP
 from qbench.config import catalog
 from qbench.errors import UserError
-from qbench.models.tiny import Tiny
-from qbench.training import precision
 
 Cli = Callable[..., Any]
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,7 +53,7 @@ def test_quick_benchmark_writes_a_list_of_entries(cli: Cli, tmp_path: Path) -> N
         assert e["base_seconds"] > 0
         assert set(e["machine"]) >= {"cpu", "cores", "threads", "torch"}
         assert e["name"] in said.out
-    assert {e["mode"].partition("/")[2] for e in entries if e["name"] == "step/pact"} <= {"compiler", "numba", "torch"}
+    assert {e["mode"].partition("/")[2] for e in entries if e["name"] == "step/pact"} <= {"compiler", "torch"}
     assert next(e["images_per_s"] for e in entries if e["name"] == "data/augment") > 0
     # What is measured again replaces what was there; the rest stays.
     assert cli("bench", "quick=true", "only=step/pact", "rounds=1", "precision=fp32", "out=o").status == 0
@@ -71,7 +69,7 @@ def test_quick_benchmark_writes_a_list_of_entries(cli: Cli, tmp_path: Path) -> N
         (("rounds=0",), "rounds must be a whole number above 0, got '0'"),
         (("quick=yes",), "quick must be true or false, got 'yes'"),
         (("model=resnet21",), "resnet20"),
-        (("kernels=gpu",), "cpp, numba, torch"),
+        (("kernels=gpu",), "compile, cpp, torch"),
         (("onyl=x",), "Did you mean 'only='"),
         (("chek",), "check"),
         (("page", "against=nowhere.json"), "no nowhere.json"),
@@ -188,55 +186,6 @@ def test_the_committed_page_is_that_of_the_committed_numbers() -> None:
         assert set(e["machine"]) <= {"cpu", "cores", "threads", "torch", "python", "gpu"}
 
 
-def test_auto_takes_bf16_only_where_it_is_clearly_faster() -> None:
-    assert precision.fastest({"fp32": 1.0, "bf16": 0.9}) == "bf16"
-    assert precision.fastest({"fp32": 1.0, "bf16": 0.97}) == "fp32"
-    assert precision.fastest({"fp32": 1.0, "bf16": 1.2}) == "fp32"
-    times = precision.time_steps(Tiny(channels=1, classes=4, size=8), 4, (1, 8, 4), torch.device("cpu"), True)
-    assert set(times) == {"fp32", "bf16"}
-    assert all(t > 0 for t in times.values())
-
-
-@pytest.mark.parametrize("taken", ["fp32", "bf16"])
-def test_auto_is_the_run_that_names_what_it_took(
-    tiny: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: str
-) -> None:
-    timed: list[int] = []
-    times = {"fp32": 2.0, "bf16": 1.0 if taken == "bf16" else 3.0}
-    monkeypatch.setattr(precision, "time_steps", lambda *args: (timed.append(1), times)[1])
-    words = ("method=float", "precision=auto", "out=o")
-    said = tiny(*words)
-    assert said.status == 0, said.err
-    assert f"precision=auto: {taken} (the float net: 2e+03 ms in fp32" in said.out
-    (path,) = (tmp_path / "o").rglob("result.json")
-    result = json.loads(path.read_text())
-    assert result["precision"] == taken
-    assert result["auto"]["precision"]["train"] == times
-    assert "auto" not in json.dumps(result["identity"])
-    assert len(timed) == 1  # the parent's recipe finds the answer kept
-    monkeypatch.setattr(precision, "time_steps", lambda *args: {"fp32": 1.0, "bf16": 1.0})
-    assert "done before" in tiny(*words).out  # whatever a later timing would say
-    assert "done before" in tiny("method=float", f"precision={taken}", "out=o").out
-    assert len(list((tmp_path / "o").rglob("result.json"))) == 1
-
-
-def test_runs_that_start_together_come_to_one_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("QBENCH_CACHE", str(tmp_path))
-    timed: list[int] = []
-
-    def timing(*args: object) -> dict[str, float]:
-        timed.append(1)
-        time.sleep(0.1)  # both ask before the first has its answer
-        return {"fp32": 1.0, "bf16": float(len(timed))}
-
-    monkeypatch.setattr(precision, "time_steps", timing)
-    config = {"device": "cpu", "threads": torch.get_num_threads(), "model": {"name": "tiny"}, "channels_last": True}
-    with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(lambda _: precision._remembered(config, 4, (1, 8, 4), torch.nn.Identity), range(2)))
-    assert found == [{"fp32": 1.0, "bf16": 1.0}] * 2
-    assert len(timed) == 1
-
-
 def test_a_run_takes_its_first_step_soon(tmp_path: Path) -> None:
     """Under four seconds on a quiet machine; held against importing torch, which any run has to."""
 
@@ -304,3 +253,31 @@ def test_a_gpu_that_is_not_there_is_named(cli: Cli) -> None:
     said = cli("bench", "device=cuda", "quick=true")
     assert (said.status, "torch sees no GPU" in said.err) == (2, True) or torch.cuda.is_available()
     assert "Traceback" not in said.err
+
+
+def test_a_step_beside_busy_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Policies reach the processes that take the steps, the programs run while they do, and all end."""
+    started: list[str] = []
+    asked: list[dict[str, str]] = []
+    real, elsewhere = subprocess.Popen, busy.Elsewhere
+
+    def start(words: list[str], **options: Any) -> Any:
+        started.append(words[-1])
+        return real(words, **options)
+
+    class Noted(elsewhere):  # type: ignore[valid-type, misc]
+        def __enter__(self) -> Any:
+            asked.append({name: os.environ[name] for name in busy.NAMES if name in os.environ})
+            return super().__enter__()
+
+    monkeypatch.setattr(busy.subprocess, "Popen", start)
+    monkeypatch.setattr(busy, "Elsewhere", Noted)
+    monkeypatch.setattr(busy, "POLICIES", {name: busy.POLICIES[name] for name in ("default", "passive")})
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    found = list(busy.steps(Setting(models=("tiny",), batch=4, rounds=1, threads=1)))
+    assert [e.mode for e in found] == [f"{n} beside/{p}" for n in (0, 1, 2) for p in ("default", "passive")]
+    assert all(e.ratio == 1 for e in found if e.mode.endswith("default"))
+    assert asked == [{}, {"OMP_WAIT_POLICY": "PASSIVE"}]
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+    assert started == [busy.PROGRAM] * 3
+    assert "how OpenMP's threads wait" in page.page([{**e.plain(), "machine": entry()["machine"]} for e in found])

@@ -51,14 +51,66 @@ WORDS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("protocol=unifrom",), ("'unifrom'", "Did you mean 'uniform'?")),
     (("seed=-1",), ("seed", "at least 0", "got -1")),
     (("seed=one",), ("seed", "whole number", "got 'one'")),
-    (("workers=0",), ("workers", "at least 1", "got 0")),
+    (("workers=0",), ("workers", "1..1024", "got 0")),
     (("workers=3",), ("workers=3", "divide the batch size (32)")),
-    (("threads=0",), ("threads", "at least 1", "got 0")),
+    (("threads=0",), ("threads", "1..1024", "got 0")),
+    (("threads=100000",), ("threads", "1..1024", "got 100000")),
     (("device=gpu",), ("'gpu'", "auto, cpu, cuda")),
     (("init=nowhere.pt",), ("init=nowhere.pt", "scratch", "float", "checkpoint")),
     (("bits=2,4",), ("bits=2,4", "several values", "add -m")),
     (("method=pact", "bits"), ("'bits'", "name=value")),
-    (("distill.weight=-1",), ("distill", "weight >= 0", "-1")),
+    (("distill.weight=-1",), ("distill.weight", "at least 0", "got -1")),
+    (("distill=5",), ("distill is a group of options", "distill.weight", "got distill=5")),
+    (("train=lsq",), ("train is a group of options", "Did you mean method=lsq?")),
+    (("checkpoint_seconds=abc",), ("checkpoint_seconds", "at least 0", "got 'abc'")),
+    (("checkpoint_seconds=-1",), ("checkpoint_seconds", "at least 0", "got -1")),
+    (("out=null",), ("out", "a path", "got None")),
+    (("init=5",), ("init=5", "scratch", "checkpoint file or run folder that is there")),
+    (("init=scrach",), ("init=scrach", "Did you mean 'scratch'?")),
+    (("train.nesterov=abc",), ("train.nesterov", "true or false", "got 'abc'")),
+    (("channels_last=abc",), ("channels_last", "true or false", "got 'abc'")),
+    (("compile=abc",), ("compile", "true or false", "got 'abc'")),
+    (("tensorboard=1",), ("tensorboard", "true or false", "got 1")),
+    (("parent.lr=abc",), ("qbench: parent.lr must be a number", "got 'abc'")),
+    (("parent.nesterov=abc",), ("qbench: parent.nesterov must be", "got 'abc'")),
+    (("train.lr=nan",), ("train.lr", "at least 0", "got nan")),
+    (("train.optimizer=LBFGS",), ("'LBFGS'", "adamw")),
+    (("train.optimizer=torch.optim.LBFGS",), ("torch.optim.LBFGS", "several times in a step", "sgd")),
+    (("train.optimizer=torch.optim.Sdg",), ("torch.optim.Sdg", "cannot be imported")),
+    (("train.batch_size=100000",), ("train.batch_size=100000", "more than the 256 training images", "synthetic")),
+    (("parent.batch_size=512",), ("parent.batch_size=512", "more than the 256 training images")),
+    (("name=../../x",), ("name", "without /", "got '../../x'")),
+    (("name=a/b",), ("name", "without /", "got 'a/b'")),
+    (("name=" + "x" * 200,), ("name", "150 bytes")),
+    (("time_limit=8x",), ("time_limit", "90s, 8m", "got '8x'")),
+    (("time_limit=0",), ("time_limit", "90s, 8m", "got 0")),
+    (("--bits", "4"), ("name=value", "bits=4 in place of --bits")),
+    (("--learning-rate=3",), ("name=value", "lr=3")),
+    (("+options.stepdecay=1",), ("'options.stepdecay'", "options.alpha")),
+    (("++trian.lr=9",), ("'trian.lr'", "Did you mean 'train.lr'?")),
+    (("~seed",), ("~seed", "taken away")),
+    (("+method.rules=[{match: '*', keep: x}]",), ("take the place of every rule", "--config-dir")),
+    (("train.milestones=" + "[" * 50000,), ("cannot read the command line",)),
+    (("-m", "bits=8,eight"), ("bits", "got 'eight'", "a number such as 4")),
+    (("-m", "bits=interval(2,4)"), ("bits=interval(2,4)", "name the widths", "bits=2,3,4")),
+    (("-m", "bits=range(4,2)"), ("bits=range(4,2)", "fits nothing")),
+    (("-m", "seed=0,-1"), ("seed", "at least 0", "got -1")),
+    (("-m", "hydra/launcher=jobslib", "seed=0,1"), ("'jobslib'", "Did you mean 'joblib'?", "basic")),
+    (("-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=0"), ("hydra.launcher.n_jobs", "-1: all cores", "got 0")),
+    (("train.momentum=0.5", "train.optimizer=adam"), ("train.momentum=0.5 is not read", "optimizer=sgd or rmsprop")),
+    (("train.nesterov=true", "train.optimizer=adam"), ("train.nesterov=True is not read", "optimizer=sgd")),
+    (("train.betas=[0.5,0.9]",), ("train.betas=[0.5, 0.9] is not read with optimizer=sgd", "adamw")),
+    (("train.betas=[0.5,0.9]", "train.optimizer=torch.optim.SGD"), ("not read with optimizer=torch.optim.SGD",)),
+    (("train.eps=1e-5",), ("train.eps=1e-05 is not read with optimizer=sgd",)),
+    (("parent.momentum=0.5", "parent.optimizer=adam"), ("parent.momentum=0.5 is not read with optimizer=adam",)),
+    (
+        ("train.label_smoothing=0.1", "train.loss=squared_hinge"),
+        ("train.label_smoothing=0.1 is not read with loss=squared_hinge", "loss=cross_entropy"),
+    ),
+    (("train.gamma=0.5",), ("train.gamma=0.5 is not read with schedule=onecycle", "step or exponential")),
+    (("options.alpha=abc",), ("method=pact: options.alpha must be a number", "got 'abc'")),
+    (("method=lsq", "options.step_decay=some"), ("options.step_decay", "a number or same", "got 'some'")),
+    (("method=binaryconnect", "options.update_scale=[x]"), ("update_scale", "a number or glorot or glorot_squared")),
     (("dataset.val=2.0",), ("dataset.val", "a fraction", "got 2.0")),
     (("dataset=digits", "dataset.classes=3"), ("dataset.classes=3", "10 classes")),
     (("dataset.train_size=0",), ("dataset.train_size", "positive", "got 0")),
@@ -81,6 +133,7 @@ def test_wrong_words(tiny: Cli, words: tuple[str, ...], parts: tuple[str, ...]) 
     said = tiny(*words)
     assert said.status == 2
     refused(said, *parts)
+    assert len(said.err) < 600
     assert not Path("outputs").exists()
 
 
@@ -90,6 +143,61 @@ def refused(said: Any, *parts: str) -> None:
     assert "unexpected" not in said.err
     for part in parts:
         assert part in said.err, said.err
+
+
+def test_a_folder_of_own_configuration_switches_no_check_off(tiny: Cli, tmp_path: Path) -> None:
+    (tmp_path / "mine" / "model").mkdir(parents=True)
+    text = "name: narrow\n_target_: qbench.models.lenet.LeNet5\nwidth: 0.1\nbatch_norm: null\n"
+    (tmp_path / "mine" / "model" / "narrow.yaml").write_text(text)
+    words = ("--config-dir=mine", "model=narrow", "plan=true")
+    assert tiny(*words).status == 0
+    refused(tiny(*words, "train.lrr=1"), "'train.lrr'", "Did you mean 'train.lr'?")
+    refused(tiny(*words[:1], "model=narow"), "'narow'", "Did you mean 'narrow'?", "resnet20")
+    refused(tiny(*words, "seed=-1"), "seed", "at least 0")
+    refused(tiny("--config-dir=nowhere", "seed=0"), "--config-dir", "no folder nowhere")
+    (tmp_path / "mine" / "model" / "deep.yaml").write_text("name: " + "[" * 200_000)
+    refused(tiny("--config-dir=mine", "model=deep"), "brackets within brackets")
+
+
+@pytest.mark.parametrize(
+    "text", ["2026", "1_1_1", "a b", "a=b", "a(b", "a#b", "Größe", "a,b", "it's", "1e3", "true", "[x]", "a'b\"c"]
+)
+def test_words_stay_as_they_were_typed(text: str) -> None:
+    from qbench.cli.overrides import compose
+
+    found = compose([f"out=p/{text}", f"name={text}", f"dataset.root={text}", f"init={text}"])
+    assert (found.out, found.name, found.dataset.root, found.init) == (f"p/{text}", text, text, text)
+
+
+def test_paths_with_backslashes_and_a_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    from qbench.cli.overrides import compose
+
+    monkeypatch.setenv("HOME", "/home/me")
+    found = compose(["out=~/runs", r"dataset.root=C:\data\new\\"[:-1], "init='quoted by hand'"])
+    assert (found.out, found.dataset.root, found.init) == (
+        "/home/me/runs",
+        r"C:\data\new"[:11] + "\\",
+        "quoted by hand",
+    )
+
+
+def test_paths_of_a_sweep_are_split_at_commas_outside_quotes() -> None:
+    from qbench.cli.texts import typed
+
+    assert typed(["init=a b,'c,d',scratch", "name=choice(x,y)", "bits=2,4"], sweep=True) == [
+        "init='a b','c,d','scratch'",
+        "name=choice(x,y)",
+        "bits=2,4",
+    ]
+
+
+def test_a_run_lies_in_the_folder_that_was_typed(tiny: Cli, tmp_path: Path) -> None:
+    assert tiny("method=float", "out=Größe (1) = #2", "name=1_1_1").status == 0
+    (result,) = tmp_path.glob("Größe (1) = #2/1_1_1-*/result.json")
+    sweep = ("-m", "method=float", "out=a b", "seed=0,1")
+    assert tiny(*sweep).status == 0
+    assert len(list(tmp_path.glob("a b/*/result.json"))) == 2
+    assert result.is_file()
 
 
 def test_an_unknown_command_names_the_commands(cli: Cli) -> None:
@@ -296,7 +404,7 @@ def test_eval_table_and_compare_of_what_is_not_there(cli: Cli, tmp_path: Path) -
 
 def test_eval_takes_no_other_training_option(tiny: Cli, cli: Cli, tmp_path: Path) -> None:
     run = _float_run(tiny, tmp_path)
-    refused(cli("eval", run, "bits=2"), "only dataset.* may be set", "bits")
+    refused(cli("eval", run, "bits=2"), "only dataset.*, device and allow may be set", "bits")
     refused(cli("eval", run, "dataset.rooot=3"), "'rooot'", "Did you mean 'root'?", "test_size")
     refused(cli("eval", run, "dataset.root"), "'dataset.root'", "name=value")
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from qbench.cli import overrides
+from qbench.config import catalog
 from qbench.errors import UserError
 from qbench.figures import report
 
@@ -145,6 +146,7 @@ def test_rows_that_differ_in_anything_but_the_seed_stand_apart() -> None:
     other = {**base, "seed": 0, "identity": {"seed": 0, "recipe": {"lr": 2}}}
     rows = report.rows([*same, other])
     assert [row[0] for row in rows] == ["m (2 seeds)", "m"]
+    assert [row[-1] for row in rows] == ["train.lr=1", "train.lr=2"]
     assert rows[0][7] == "50.00 ± 0.00"
     assert rows[1][7] == "50.00"
     assert rows[0][5] == "-"
@@ -158,3 +160,144 @@ def test_the_objective_is_the_last_accuracy(monkeypatch: pytest.MonkeyPatch, tin
     monkeypatch.setattr(module, "job", lambda config: (seen.append(value := job(config)), value)[1])
     assert tiny("-m", "method=float", "seed=0,1", "out=o").status == 0
     assert sorted(seen) == sorted(r["accuracy_last"] for r in results(tmp_path / "o"))
+
+
+def result_of(**more: object) -> dict[str, Any]:
+    base: dict[str, Any] = {
+        "method": "ptq", "w_bits": 4, "a_bits": 4, "model": "n", "dataset": "d", "budget": "b", "bits_per_weight": 4.0,
+        "bytes": 1000, "float_accuracy": 90.0, "accuracy_last": 50.0, "seed": 0, "accuracy_best": None,
+        "accuracy_before_training": None, "epoch_best": None, "protocol": "paper", "init": "float", "seconds": 1.0,
+    }  # fmt: skip
+    return {**base, **more}
+
+
+SWEPT = [
+    result_of(key=f"{w}{s}", seed=s, accuracy_last=50.0 + s, identity={"seed": s, "options": {"w_range": w}})
+    for w in ("minmax", "mse")
+    for s in (0, 1)
+]
+
+
+def test_a_table_says_what_was_swept_in_every_form() -> None:
+    assert [row[-1] for row in report.rows(SWEPT)] == ["options.w_range=minmax", "options.w_range=mse"]
+    text = report.table(SWEPT).splitlines()
+    assert text[0].endswith("varies")
+    assert "varies" not in report.table(SWEPT[:2])
+    assert (
+        report.table(SWEPT, form="csv")
+        .splitlines()[1]
+        .startswith("ptq (2 seeds),4/4,n,d,b,90.00 ± 0.00,-,50.50 ± 0.71")
+    )
+    assert report.table(SWEPT, form="md").splitlines()[1] == "| " + " | ".join(["---"] * 12) + " |"
+    latex = report.table(SWEPT, form="latex")
+    assert r"options.w\_range=mse \\" in latex
+    assert r"50.50 $\pm$ 0.71" in latex
+    found = json.loads(report.table(SWEPT, form="json"))
+    assert [f["varies"] for f in found] == [{"options.w_range": "minmax"}, {"options.w_range": "mse"}]
+    assert found[0]["accuracy_last"] == [50.0, 51.0]
+    assert found[0]["seeds"] == [0, 1]
+
+
+def test_weights_that_are_not_what_the_name_says_are_told() -> None:
+    def told(*rules: dict[str, Any], w_bits: float = 4) -> str:
+        return report.rows([result_of(w_bits=w_bits, identity={"method": {"rules": [*rules]}})])[0][-1]
+
+    first, last = {"match": "@first", "weight": {"bits": 8}}, {"match": "@last", "keep": True}
+    assert told(first, last, {"weight": {"bits": 4}}) == ""
+    assert told(first, last) == "weights of 8 bits, not of 4"
+    assert told(last) == "weights in float, not of 4"
+    assert told(last, w_bits=32) == ""
+    assert told({"weight": {"n_in": 8}}, w_bits=0.8) == ""  # flexor: bits follow from the wiring
+    assert told({"replace": {"fold": "jacob"}}) == ""
+
+
+@pytest.mark.parametrize("method", [m for m in catalog.names("method") if m != "float"])
+def test_no_method_is_misnamed_as_it_stands(method: str) -> None:
+    config = overrides.resolve_row([f"method={method}", "dataset=synthetic", "model=tiny"])
+    rules = config["method"]["rules"]
+    assert report.misnamed({"w_bits": config["w_bits"], "identity": {"method": {"rules": rules}}}) == ""
+
+
+def test_copies_of_a_run_are_no_seeds() -> None:
+    copies = [{**SWEPT[0], "folder": f"copy {i}"} for i in range(1000)]
+    (row,) = report.rows(copies)
+    assert row[0] == "ptq"
+    assert row[7] == "50.00"
+
+
+def test_the_table_takes_a_form(tiny: Cli, cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "o" / "run").mkdir(parents=True)
+    whole = {**SWEPT[0], "identity": {"data": {"name": "d", "checksum": "0", "augment": "none"}}}
+    (tmp_path / "o" / "run" / "result.json").write_text(json.dumps(whole))
+    said = cli("table", "o", "format=csv")
+    assert said.out.splitlines()[1] == 'ptq,4/4,n,d,b,90.00,-,50.00,-,4.00,"1,000"'
+    said = cli("table", "format=cvs", "o")
+    assert said.status == 2
+    assert "Did you mean 'csv'?" in said.err
+
+
+def test_a_sweep_leaves_its_table_and_a_picture(tiny: Cli, tmp_path: Path) -> None:
+    words = ("-m", "method=float", "seed=0,1", "train.lr=0.01,0.05", "out=o")
+    said = tiny(*words)
+    assert said.status == 0, said.err
+    assert [row.split()[-1] for row in last_table(said.out)[:2]] == ["train.lr=0.01", "train.lr=0.05"]
+    left = sorted(p.name for p in (tmp_path / "o").glob("sweep-*"))
+    assert [Path(n).suffix for n in left] == [".csv", ".json", ".md", ".png"]
+    assert len(json.loads(next((tmp_path / "o").glob("sweep-*.json")).read_text())) == 2
+    assert tiny(*words).status == 0
+    assert sorted(p.name for p in (tmp_path / "o").glob("sweep-*")) == left  # the same sweep, the same files
+
+
+def test_compare_names_every_leaf_that_differs_and_what_matters_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rules = [{"match": "*", "weight": {"bits": 4, "_target_": "x" * 80}}, {"keep": "why"}]
+    config = {
+        "method": {"name": "lsq", "rules": rules}, "model": {"name": "n"}, "options": {"first_last": 8},
+        "train": {"lr": 0.1, "milestones": [1, 2]}, "seed": 0, "threads": None, "out": "a", "dataset": {"root": "x"},
+    }  # fmt: skip
+    result = {"accuracy_last": 91.25, "method": "lsq", "weights_sha256": "aa", "threads": 1, "seconds": 1.23456789}
+    other_rules = [{**rules[0], "weight": {**rules[0]["weight"], "bits": 8}}, rules[1]]
+    other = {
+        **config, "method": {"name": "lsq", "rules": other_rules}, "train": {"lr": 1 / 3, "milestones": [1, 3]},
+        "out": "b", "options": {"first_last": 32},
+    }  # fmt: skip
+    configs = {"a": config, "b": other}
+    results = {"a": result, "b": {**result, "accuracy_last": 90.0, "weights_sha256": "bb", "threads": 2}}
+    monkeypatch.setattr(report, "read_config", lambda folder: configs[folder.name])
+    monkeypatch.setattr(report, "read_result", lambda path: results[path.parent.name])
+    for name in configs:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "result.json").touch()
+    lines = [line.split() for line in report.compare(tmp_path / "a", tmp_path / "b").splitlines()]
+    assert lines == [
+        ["a", "b"],
+        ["method.rules.0.weight.bits", "4", "8", "(+4)"],
+        ["options.first_last", "8", "32", "(+24)"],
+        ["train.lr", "0.1", "0.333333", "(+0.2333)"],
+        ["train.milestones", "[1,", "2]", "[1,", "3]"],
+        ["accuracy_last", "91.25", "90", "(-1.25)"],
+        ["threads", "1", "2", "(+1)"],
+    ]
+    configs["b"] = {**other, "method": {"name": "pact", "rules": [], "title": "PACT"}}
+    said = report.compare(tmp_path / "a", tmp_path / "b").splitlines()
+    assert said[1].split() == ["method.name", "lsq", "pact"]
+    assert not [line for line in said if "rules" in line or "title" in line]
+
+
+def test_the_picture_of_a_sweep_has_a_line_per_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+
+    from qbench.figures import sweep_plot
+
+    drawn: list[Figure] = []
+    monkeypatch.setattr(sweep_plot, "save", lambda figure, path, dpi, pdf: (drawn.append(figure), path)[1])
+    two = [result_of(key=f"{m}{w}{s}", method=m, w_bits=w, seed=s, accuracy_last=40.0 + 5 * w + s, identity={"bits": w})
+           for m in ("lsq", "pact") for w in (2, 4) for s in (0, 2)]  # fmt: skip
+    assert sweep_plot.sweep(tmp_path / "p.png", two) is not None
+    (axes,) = drawn[0].axes
+    assert [t.get_text() for t in axes.get_legend().get_texts()] == ["lsq", "pact"]
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["2/4", "4/4"]
+    assert list(axes.containers[0].lines[0].get_ydata()) == [51.0, 61.0]  # means of 50, 52 and 60, 62
+    assert axes.containers[0].lines[2][0].get_segments()[0][:, 1].tolist() == pytest.approx([51 - 2**0.5, 51 + 2**0.5])
+    assert sweep_plot.sweep(tmp_path / "p.png", [result_of(accuracy_last=None)]) is None

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from qbench.cli.overrides import compose
 from qbench.config import catalog
 from qbench.config.identity import digest, folder_name, identity, parent_of
-from qbench.config.recipe import KEYS, Recipe, merge
-from qbench.config.resolve import DEFAULTS, resolve
+from qbench.config.recipe import DEFAULTS, KEYS, Recipe, merge
+from qbench.config.resolve import resolve
 from qbench.data import DataSet, Split
 from qbench.errors import UserError
 from qbench.training.build import make_method, make_model, quantize

@@ -117,5 +117,14 @@ def test_a_changed_source_is_parsed_again(tmp_path: Path, cache: Path) -> None:
     os.utime(archive, ns=(1, 1))
     assert load_set().checksum != first.checksum
     folder = load({"name": "image_folder", "root": root})
+    named_zip = tmp_path / "named.zip"  # a folder of that name is known by its files, not by its own time stamp
+    root.rename(named_zip)
+    kept = os.stat(named_zip)
+    assert load({"name": "image_folder", "root": named_zip}).checksum == folder.checksum
+    write_images(named_zip, seed=2)
+    os.utime(named_zip, ns=(kept.st_atime_ns, kept.st_mtime_ns))
+    assert load({"name": "image_folder", "root": named_zip}).checksum != folder.checksum
+    write_images(named_zip, seed=1)
+    named_zip.rename(root)
     (root / "train" / "cat" / "0.png").unlink()
     assert load({"name": "image_folder", "root": root}).checksum != folder.checksum

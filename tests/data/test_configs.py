@@ -7,7 +7,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from qbench.data import READERS, batches, load
+from qbench.data import READERS, batches, load, options
 
 FILES = sorted((Path(__file__).parents[2] / "conf" / "dataset").glob("*.yaml"))
 KEYS = [
@@ -46,6 +46,8 @@ def test_keys_and_values(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert config["name"] == file.stem
     assert config["root"] == "data"
     assert config["val"] == 0
+    options.check(file.stem, config)
+    assert set(config) == {"name", "description", *options.OPTIONS, *options.OWN.get(file.stem, {})}
     if config["channels"]:
         assert len(config["mean"]) == len(config["std"]) == config["channels"]
     monkeypatch.setenv("QBENCH_DATA", "/elsewhere")

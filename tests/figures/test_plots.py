@@ -20,7 +20,10 @@ from qbench.training.recorder import Recorder, layer_histogram
 from qbench.training.telemetry import Telemetry
 
 RESULT = {"method": "pact", "model": "resnet20", "dataset": "cifar10", "budget": "short", "w_bits": 4, "a_bits": 4}
-RESULT |= {"seed": 0, "float_accuracy": 91.7, "accuracy_before_training": 10.0}
+RESULT |= {"seed": 0, "float_accuracy": 91.7, "accuracy_before_training": 10.0, "key": "0", "protocol": "paper"}
+RESULT |= {"init": "float", "bits_per_weight": 4.0, "bytes": 1, "seconds": 1.0}
+RESULT |= dict.fromkeys(("accuracy_last", "accuracy_best", "epoch_best"), None)
+RESULT |= {"identity": {"data": {"name": "cifar10", "checksum": "0", "augment": "none"}}}
 
 
 def record(folder: Path, layers: int = 3, epochs: int = 3, *, per_channel: bool = False) -> None:

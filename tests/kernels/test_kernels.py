@@ -2,9 +2,9 @@
 
 import copy
 import logging
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from qbench import kernels
 from qbench.kernels import build
+from qbench.kernels.backend import ACTIVATIONS, KINDS
 from qbench.kernels.functions import fused
 from qbench.kernels.fuse import RELUS
 from qbench.methods.bethge import SignWeight
@@ -37,10 +38,10 @@ FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_
 SHAPES = [(5, 3, 7, 9), (2, 600, 2, 3), (6, 8, 1, 1), (40, 20, 13, 13)]
 
 
-@pytest.fixture(params=["cpp", "numba"])
-def tier(request: pytest.FixtureRequest) -> Iterator[str]:
-    with kernels.using(request.param) as found:
-        assert found == request.param
+@pytest.fixture
+def tier() -> Iterator[str]:
+    with kernels.using("cpp") as found:
+        assert found == "cpp"
         yield found
 
 
@@ -131,6 +132,21 @@ def test_bf16_stays_bf16_and_differs_by_no_more_than_its_rounding(tier: str, nam
     with kernels.using("torch"):
         assert torch.equal(y, q(x))
     assert y.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("make", [pact, lsq, partial(lsq, 8, True)])
+def test_values_on_the_edge_of_two_levels_fall_as_in_torch(tier: str, make: Callable[[], quantizer.Quantizer]) -> None:
+    q = make()
+    (scale,) = q.parameters()
+    for value in torch.linspace(0.5, 3, 300):
+        with torch.no_grad():
+            scale.fill_(value)
+            step = scale / 15 if isinstance(q, PACT) else scale
+            edges = (torch.arange(-4, 16) + 0.5) * step
+            x = torch.stack([edges, edges.nextafter(torch.tensor(9e9)), edges.nextafter(torch.tensor(-9e9))])
+            y = q(x)
+            with kernels.using("torch"):
+                assert y.equal(q(x)), value
 
 
 def test_a_nan_shows(tier: str) -> None:
@@ -284,6 +300,25 @@ def trained(model: nn.Module, steps: int, mode: str) -> list[float]:
     return losses
 
 
+def exact(model: nn.Module) -> nn.Module:
+    """`model` with batch-norms that multiply by a power of 2 and so round once, in whatever order one computes.
+
+    Else the last bit, which differs between the kernels and torch and between processors, decides on which side of a
+    level some values fall, and a net of 4-bit activations makes much of that: of MobileNetV2's logits by 0.1 to 0.4.
+    """
+    draw = torch.Generator().manual_seed(0)
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            assert m.running_mean is not None
+            assert m.running_var is not None
+            m.eps = 2.0**-10
+            m.running_mean.zero_()
+            m.running_var.fill_(1 - m.eps)
+            with torch.no_grad():
+                m.weight.copy_(2.0 ** torch.randint(-1, 2, m.weight.shape, generator=draw))
+    return model
+
+
 NETS: dict[str, Callable[..., nn.Module]] = {
     "resnet": partial(ResNetCIFAR, depth=8),
     "preactivation": partial(ResNetCIFAR, depth=8, shortcut="B", preactivation=True),
@@ -304,14 +339,14 @@ def test_some_steps_of_a_net(tier: str, method: str, make: Callable[..., nn.Modu
     assert a[0] == pytest.approx(b[0], rel=1e-5 if method == "float" else 0.02)  # a flipped code moves the loss
     assert a == pytest.approx(b, rel=0.05 if method == "float" else 0.1)
     assert list(ours.state_dict()) == keys
-    run = kernels.fuse(ours.eval())
+    run = kernels.fuse(exact(ours.eval()))
     x = torch.randn(4, 3, 16, 16).to(memory_format=torch.channels_last)
     with torch.no_grad():
         y = run(x)
         with kernels.using("torch"):
             expected = ours(x)
     assert run.graph is not None  # type: ignore[attr-defined]
-    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4 if method == "float" else 0.3)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_twice_the_same_is_bit_for_bit_the_same(tier: str) -> None:
@@ -396,9 +431,37 @@ def test_a_subclass_with_a_quantize_of_its_own_has_no_kernel() -> None:
         assert q(torch.tensor([3.0])).item() == 0.5
 
 
+def test_a_batch_norm_of_one_value_per_channel_is_refused_as_torch_refuses_it(tier: str) -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())
+    run, one = kernels.fuse(model), torch.randn(1, 3, 1, 1)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        run(one)
+    assert model[0].running_mean.equal(torch.zeros(3))  # type: ignore[union-attr, operator]
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(run(one), model(one))
+
+
 def test_an_unknown_mode_is_named() -> None:
-    with pytest.raises(ValueError, match="auto, cpp, numba, compile, torch, got 'gpu'"):
+    with pytest.raises(ValueError, match="auto, cpp, compile, torch, got 'gpu'"):
         kernels.use("gpu")
+
+
+@pytest.mark.parametrize(("name", "words"), [("Activation", ACTIVATIONS), ("Kind", KINDS)])
+def test_the_kinds_are_numbered_as_in_the_source(name: str, words: tuple[str, ...]) -> None:
+    found = re.search(rf"enum {name} {{(.*?)}}", build.SOURCE.read_text())
+    assert found is not None
+    assert [w.strip().lower() for w in found[1].split(",")] == list(words)
+
+
+def test_a_tier_of_older_versions_is_answered_in_words(caplog: pytest.LogCaptureFixture) -> None:
+    kernels._say.cache_clear()
+    with caplog.at_level(logging.WARNING), kernels.using("numba") as tier:
+        assert tier == kernels.use("cpp")
+    assert [r.getMessage() for r in caplog.records] == [
+        "kernels=numba is no longer there, and kernels=cpp does what it did up to rounding"
+    ]
+    kernels._say.cache_clear()
 
 
 @pytest.mark.parametrize("setting", [{"CXX": "no-such-compiler"}, {"PATH": "", "CXX": ""}])
@@ -418,14 +481,3 @@ def test_without_a_compiler_training_is_told_once_and_goes_on(
     finally:
         kernels._cpp.cache_clear()
         kernels._say.cache_clear()
-
-
-def test_a_compiler_that_fails_is_told_with_its_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = tmp_path / "cc"
-    script.write_text("#!/bin/sh\n[ \"$1\" = --version ] && exit 0\necho 'x: error: no luck' >&2\nexit 1\n")
-    script.chmod(0o755)
-    monkeypatch.setenv("CXX", str(script))
-    monkeypatch.setenv("QBENCH_KERNELS", str(tmp_path / "kernels"))
-    with pytest.raises(build.CannotBuild, match="no luck"):
-        build.library()
-    assert not list((tmp_path / "kernels").glob("*.so"))

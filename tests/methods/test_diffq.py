@@ -262,6 +262,8 @@ def test_tables_and_last_lines_tell_the_bits_that_were_learned(tmp_path: Path, c
     assert f"learned bits          {learned:>7.2f}     (mean of the weights' codes; asked for: 8)" in said.out
     assert f"W{learned:.1f}*/A32" in title_of(result)
     seeds = [{**result, "w_bits_learned": b, "bits_per_weight": b + 1, "bytes": n} for b, n in ((4.0, 100), (5.0, 201))]
+    seeds = [{**r, "key": str(r["bytes"])} for r in seeds]
     (row,) = report.rows(seeds)
-    assert (row[1], row[-2], row[-1]) == ("4.5*/32", "5.50", "150")
-    assert report.table([result]).endswith("\n*: bits that were learned, the mean over the codes")
+    assert (row[1], row[9], row[10]) == ("4.5*/32", "5.50", "150")
+    assert json.loads(report.table(seeds, form="json"))[0]["w_bits_learned"] == 4.5
+    assert report.table(seeds).endswith("\n*: learned, the mean over the codes")

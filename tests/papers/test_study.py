@@ -13,19 +13,20 @@ from typing import Any
 
 import pytest
 import yaml
-from filelock import FileLock
 from matplotlib.figure import Figure
 
 from qbench.cli.overrides import resolve_row
 from qbench.config import catalog
 from qbench.config.source import code_hash
 from qbench.errors import UserError
+from qbench.files import locked
 from qbench.papers import cards, pages, plots, study
 from qbench.papers.cards import Card, Claim, Row
 from qbench.papers.cells import cells as cells_of
 from qbench.papers.cells import noise, title, verdict
 from qbench.papers.results import RESULTS, Kept, key_of, progress, read, split_of
 from qbench.papers.setups import setup
+from qbench.records import opened, sealed
 
 ROOT = Path(__file__).resolve().parents[2]
 CARDS = cards.names()
@@ -59,7 +60,9 @@ def toy(tmp_path: Path, **changes: Any) -> Card:
 
 def entry(row: str, last: float, budget: str = "paper", seed: int = 0, **more: Any) -> dict[str, Any]:
     base = {"row": row, "seed": seed, "budget": budget, "key": f"{row}{seed}", "earlier": False, "epochs": 3}
-    return {**base, "accuracy_last": last, "accuracy_best": last + 1, "bits_per_weight": 4.0, "split": {}, **more}
+    base |= {"data": {"name": "cifar10", "checksum": "0", "augment": "none"}, "split": {}, "bytes": 1, "seconds": 1.0}
+    base |= {"w_bits": 4, "a_bits": 4, "bits_per_weight": 4.0}
+    return {**base, "accuracy_last": last, "accuracy_best": last + 1, **more}
 
 
 def alike(row: Row, budget: str) -> dict[str, dict[str, Any]]:
@@ -306,7 +309,7 @@ def test_what_was_run_here_again_counts_before_what_is_committed(go: Callable[..
     _, kept = go(card, only=("pact",))
     (run,) = Path("o").glob("pact-*")
     committed = shutil.copytree(run, Path("r") / "first" / run.name) / "result.json"
-    committed.write_text(json.dumps({**json.loads(committed.read_text()), "accuracy_last": 1.0}))
+    committed.write_text(json.dumps(sealed({**json.loads(committed.read_text()), "accuracy_last": 1.0})))
     for _ in range(2):
         _, again = go(card, only=("pact",), draw=True)
         assert again.entries == kept.entries
@@ -374,7 +377,7 @@ def test_two_studies_that_write_the_same_file_keep_both(tmp_path: Path) -> None:
     one.merge(other)
     assert sorted((e["row"], e["accuracy_last"]) for e in one.entries) == [("a", 1.0), ("b", 2.0)]
     text = one.text()
-    assert json.loads(text) == {"runs": one.entries[::-1], "failed": {}}
+    assert opened(json.loads(text)) == {"runs": one.entries[::-1], "failed": {}}
     assert Kept(one.entries[::-1]).text() == text
 
 
@@ -392,7 +395,7 @@ def test_a_study_waits_for_another_that_writes(tmp_path: Path) -> None:
     mine = study.Study(toy(tmp_path), study.Ask(out=str(tmp_path / "o"), results=tmp_path / "r"), resolve_row)
     mine.kept.add(entry("float", 1.0))
     mine.folder.mkdir(parents=True)
-    with FileLock(mine.folder / ".lock"):
+    with locked(mine.folder / ".lock"):
         writer = threading.Thread(target=mine.save)
         writer.start()
         writer.join(0.3)

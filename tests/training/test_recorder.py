@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from qbench.errors import UserError
-from qbench.records import METRICS, read_metrics
+from qbench.records import METRICS, opened, read_metrics
 from qbench.training.recorder import Recorder, layer_histogram
 
 
@@ -137,7 +137,9 @@ def test_result_is_sorted_whole_and_last(tmp_path: Path) -> None:
     with closing(Recorder(tmp_path, tensorboard=False)) as recorder:
         path = recorder.result({"seed": 0, "accuracy_last": 91.23456789, "accuracy_before_training": math.nan})
     assert path == tmp_path / "result.json"
-    found = json.loads(path.read_text())
+    whole = json.loads(path.read_text())
+    found = opened(whole)
+    assert found.pop("files").keys() == {METRICS}
     assert list(found) == sorted(found)
     assert found == {"accuracy_before_training": None, "accuracy_last": 91.23456789, "seed": 0}
     assert [p.name for p in sorted(tmp_path.iterdir())] == [METRICS, "result.json"]

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from filelock import FileLock
+
+from qbench import files
 
 Cli = Callable[..., Any]
 TINY = (
@@ -94,13 +95,14 @@ def test_killed_at_random_steps(
     assert finished(tmp_path / "o", name) == straight(name)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_ctrl_c_saves_says_how_to_go_on_and_does(
-    process: Cli, cli: Cli, straight: Callable[[str], tuple[str, str]], tmp_path: Path
+    process: Cli, cli: Cli, straight: Callable[[str], tuple[str, str]], tmp_path: Path, number: int
 ) -> None:
     words = (*METHODS["pact"], *LONG, *TINY)
     one = process(*words)
     wait_for_step(tmp_path / "o", "pact", 20, one)
-    one.send_signal(signal.SIGINT)
+    one.send_signal(number)
     _, err = one.communicate(timeout=120)
     assert one.returncode == 130
     assert "The same command goes on" in err
@@ -154,7 +156,7 @@ def test_the_lock_of_a_dead_process_stops_nobody(process: Cli, tiny: Cli, tmp_pa
     assert lock.is_file()
     one.kill()
     one.communicate()
-    with FileLock(lock).acquire(timeout=5):
+    with files.locked(lock, lambda: pytest.fail("the lock of a killed process is held")):
         pass
 
 
@@ -163,7 +165,7 @@ def test_a_living_lock_is_waited_for(process: Cli, tiny: Cli, tmp_path: Path) ->
     said = tiny("method=float", "out=o")
     folder = run_folder(tmp_path / "o", "float")
     (folder / "result.json").unlink()
-    with FileLock(folder / ".lock"):
+    with files.locked(folder / ".lock"):
         one = process("method=float", *TINY)
         assert one.stdout is not None
         line = one.stdout.readline()

@@ -10,6 +10,7 @@ import torch
 
 from qbench.cli.command import split
 from qbench.config import catalog
+from qbench.records import sealed
 from qbench.training import checkpoint
 from qbench.training.finished import evaluate, rebuild
 
@@ -79,7 +80,7 @@ def test_the_same_command_again_says_what_came_out(tiny: Cli, tmp_path: Path) ->
 def test_a_result_of_other_code_is_reported_as_such(tiny: Cli, tmp_path: Path) -> None:
     tiny("method=float", "out=o")
     path = folder_of(tmp_path / "o", "float") / "result.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "code": "0123456789"}))
+    path.write_text(json.dumps(sealed({**json.loads(path.read_text()), "code": "0123456789"})))
     assert "made by other code" in tiny("method=float", "out=o").out
 
 

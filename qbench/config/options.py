@@ -1,0 +1,133 @@
+"""Every option of conf/config.yaml: its type, its range and its words, said once. No torch here.
+
+What lies under `dataset` is checked where data are read; what lies under `model` and `method` by the classes they name.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from qbench.config import bits, catalog
+from qbench.config.kinds import NAME, PATH, START, TIME, Kind, is_number, number, one_of, truth, whole
+from qbench.config.recipe import FIELDS, KERNELS, PRECISIONS
+from qbench.errors import UserError, unknown
+
+PROTOCOLS = ("paper", "uniform")
+MOST = 1024  # threads or processes: far above it the system refuses them, or OpenMP dies
+
+
+class Bits(Kind):
+    """Widths as `qbench.config.bits` reads them."""
+
+    def check(self, name: str, value: Any) -> None:
+        bits.parse(value) if name == "bits" else value is None or bits.number(name, value)
+
+
+BITS = Bits("", lambda x: False, null=True)
+RECIPE = {name: replace(kind, null=True) for name, kind in FIELDS.items()}  # null: as budget and method say
+OPTIONS: dict[str, Kind] = {
+    "name": NAME,
+    "bits": BITS,
+    "w_bits": BITS,
+    "a_bits": BITS,
+    "seed": whole(0),
+    "init": START,
+    "init_head": one_of("new", null=True),
+    "protocol": one_of(*PROTOCOLS),
+    "precision": one_of(*PRECISIONS, null=True),
+    "device": one_of("auto", "cpu", "cuda"),
+    "threads": whole(1, MOST, null=True),
+    "workers": whole(1, MOST),
+    "channels_last": truth(),
+    "compile": truth(),
+    "graph": one_of("auto", True, False),
+    "kernels": one_of(*KERNELS),
+    **{f"{part}.{name}": kind for part in ("train", "parent") for name, kind in RECIPE.items()},
+    "distill.weight": number(0),
+    "distill.temperature": number(0, above=True),
+    "distill.labels": number(0, null=True),
+    "out": PATH,
+    "checkpoint_seconds": number(0),
+    "time_limit": TIME,
+    "tensorboard": truth(),
+    "plan": truth(),
+    "debug": truth(),
+}
+GROUPS = ("train", "parent", "distill")  # of options; `options`, `model`, `method`, `dataset` and `budget` beside them
+# What a run knows beside them: Hydra's own, of which one is ours to check.
+HYDRA = {
+    "hydra.launcher.n_jobs": Kind("a whole number other than 0 (-1: all cores)", lambda n: type(n) is int and n != 0)
+}
+
+# What some options of methods take in place of a number.
+WORDS: dict[str, tuple[str, ...]] = {
+    "binaryconnect.h": ("glorot",),
+    "binaryconnect.update_scale": ("glorot", "glorot_squared"),
+    "bnn.h": ("glorot",),
+    "bnn.update_scale": ("glorot", "glorot_squared"),
+    "flexor.alpha": ("he",),
+    "flexor.s_warmup": ("lr",),
+    "lsq.step_decay": ("same",),
+    "pact.alpha": (),
+    "ttq.scale_decay": ("same",),
+}
+
+
+def check(config: Mapping[str, Any]) -> None:
+    """Check every value of a composed configuration, and that nothing stands in it that no option is.
+
+    Errors: UserError naming the first option that is wrong, what was got and what is allowed.
+    """
+    for group in GROUPS:
+        if not isinstance(config[group], Mapping):
+            raise _no_value(group, config[group])
+        names = [k.partition(".")[2] for k in OPTIONS if k.startswith(f"{group}.")]
+        for strange in sorted(set(config[group]) - set(names)):
+            raise unknown(f"{group} option", strange, names)
+    if not isinstance(config["options"], Mapping):
+        raise _no_value("options", config["options"])
+    for name, kind in OPTIONS.items():
+        group, _, key = name.rpartition(".")
+        place = config[group] if group else config
+        if key in place:  # `bits` is spent once a configuration is resolved
+            kind.check(name, place[key])
+    check_method(config["method"]["name"], config["options"])
+
+
+def _no_value(group: str, value: Any) -> UserError:
+    names = [k for k in OPTIONS if k.startswith(f"{group}.")]
+    meant = next((g for g in catalog.GROUPS if str(value) in catalog.names(g)), None)
+    hint = f" Did you mean {meant}={value}?" if meant else ""
+    return UserError(
+        f"{group} is a group of options ({', '.join(names[:4]) or 'options.NAME'} ...), got {group}={value}.{hint}"
+    )
+
+
+def check_size(config: Mapping[str, Any], images: int) -> None:
+    """Check, of a resolved configuration, that there are `images` enough for a batch.
+
+    Errors: UserError where a recipe that trains asks for a larger one.
+    """
+    parts = ("train", "parent") if config["init"] == "float" or config["distill"]["weight"] else ("train",)
+    for part in parts:
+        recipe = config[part]
+        if recipe["batch_size"] > images and (recipe["steps"] or recipe["epochs"]):
+            raise UserError(
+                f"{part}.batch_size={recipe['batch_size']} is more than the {images} training images of "
+                f"dataset={config['dataset']['name']}"
+            )
+
+
+def check_method(method: str, options: Mapping[str, Any]) -> None:
+    """Of the options of our own methods: a truth value or a number where the default is one."""
+    for name, default in (catalog.options(method) if method in catalog.names("method") else {}).items():
+        words = WORDS.get(f"{method}.{name}")
+        if isinstance(default, bool):
+            kind = truth()
+        elif isinstance(default, int):
+            kind = Kind("a whole number", lambda x: is_number(x) and float(x).is_integer(), null=True)
+        elif isinstance(default, float) or words is not None:
+            kind = number(null=True, words=words or ())
+        else:
+            continue
+        kind.check(f"method={method}: options.{name}", options.get(name))

@@ -1,0 +1,101 @@
+"""Every option of conf/config.yaml is declared, once, and every default is one of its own values."""
+
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from qbench.config import catalog, options
+from qbench.config.kinds import seconds
+from qbench.config.recipe import DEFAULTS, FIELDS, KEYS, Recipe, merge, optimizer_fields, unread
+from qbench.errors import UserError
+from qbench.training.optim import make_optimizer
+
+
+def leaves(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in node.items():
+        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+def test_the_table_is_the_configuration() -> None:
+    whole = yaml.safe_load((catalog.conf_folder() / "config.yaml").read_text())
+    given = leaves({k: v for k, v in whole.items() if k not in ("defaults", "hydra", "options")})
+    assert set(given) == set(options.OPTIONS)
+    for name, value in given.items():
+        options.OPTIONS[name].check(name, value)
+    assert set(FIELDS) == set(KEYS)
+
+
+@pytest.mark.parametrize("name", sorted(options.OPTIONS))
+def test_no_option_takes_whatever_comes(name: str) -> None:
+    for wrong in ("no such word", -1, [[]], {}, float("nan")):
+        if wrong == "no such word" and name in ("name", "out"):
+            continue
+        with pytest.raises(UserError, match=name.rpartition(".")[2]):
+            options.OPTIONS[name].check(name, wrong)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("90", 90),
+        (90, 90),
+        ("90s", 90),
+        ("8m", 480),
+        ("1.5h", 5400),
+        ("2d", 172800),
+        ("0", None),
+        ("m", None),
+        (True, None),
+    ],
+)
+def test_times(text: Any, expected: float | None) -> None:
+    assert seconds(text) == expected
+
+
+def recipe(**more: Any) -> Recipe:
+    return merge([{"epochs": 1, "momentum": 0.9, "nesterov": True}, more])
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "expected"),
+    [
+        ("sgd", {}, {"momentum": 0.9, "nesterov": True}),
+        ("adam", {"eps": 1e-5}, {"betas": (0.9, 0.999), "eps": 1e-5}),
+        ("adamw", {}, {"betas": (0.9, 0.999), "eps": 1e-8}),
+        ("rmsprop", {}, {"momentum": 0.0, "eps": 1e-8}),
+        ("rmsprop", {"momentum": 0.5, "eps": 1e-3}, {"momentum": 0.5, "eps": 1e-3}),
+        ("torch.optim.SGD", {"momentum": 0.5}, {"momentum": 0.5, "nesterov": True}),
+        ("torch.optim.NAdam", {"betas": [0.5, 0.9], "eps": 1e-4}, {"betas": (0.5, 0.9), "eps": 1e-4}),
+        ("qbench.methods.bnn.ShiftAdaMax", {}, {"betas": (1 - 2**-3, 1 - 2**-10), "eps": 2**-30}),
+    ],
+)
+def test_what_the_recipe_says_reaches_the_optimizer(name: str, more: dict[str, Any], expected: dict[str, Any]) -> None:
+    groups = [{"params": [torch.nn.Parameter(torch.ones(1))]}]
+    (group,) = make_optimizer(groups, recipe(optimizer=name, **more)).param_groups
+    assert {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in group.items() if k in expected} == expected
+
+
+def test_every_field_that_is_taken_exists() -> None:
+    for name in ("sgd", "adam", "adamw", "adamax", "rmsprop", "adagrad", "adadelta"):
+        groups = [{"params": [torch.nn.Parameter(torch.ones(1))]}]
+        group = make_optimizer(groups, recipe(optimizer=name, eps=1e-3)).param_groups[0]
+        assert all(group[k] == v for k, v in optimizer_fields(recipe(optimizer=name, eps=1e-3)).items())
+
+
+def test_an_eps_meant_for_another_optimizer_is_left_behind() -> None:
+    assert merge([{"epochs": 1, "optimizer": "adam", "eps": 1e-5}, {"optimizer": "sgd"}]).eps is None
+    assert merge([{"epochs": 1, "optimizer": "adam"}, {"eps": 1e-5, "optimizer": "adam"}]).eps == 1e-5
+    assert DEFAULTS["eps"] is None
+
+
+def test_what_switches_a_field_off_asks_for_nothing() -> None:
+    adam = recipe(optimizer="adam", loss="squared_hinge")
+    assert (
+        unread({"momentum": 0, "nesterov": False, "label_smoothing": 0.0, "gamma": None, "milestones": []}, adam) == ""
+    )
+    assert "momentum=0.9" in unread({"momentum": 0.9}, adam)
+    assert unread({"lr": 0.1, "betas": [0.9, 0.99], "weight_decay": 0.1}, adam) == ""

@@ -1,0 +1,78 @@
+"""A checkpoint is what was written, or is refused; reading one runs no code of its own."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from qbench.errors import UserError
+from qbench.training import checkpoint
+
+STATE = {"weight": torch.arange(200.0).reshape(2, 100), "bias": torch.ones(2)}
+
+
+def test_every_flipped_bit_is_found_but_for_those_of_the_mark(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.save(path, {"step": 3, **STATE})
+    whole, torch_alone = path.read_bytes(), torch.load(path, weights_only=True)
+    assert torch_alone["step"] == 3, "others read the file as ever"
+    mark = whole.rindex(checkpoint.MARK)
+    for place in range(0, mark - 2, 41):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        with pytest.raises(UserError, match=r"checkpoint\.pt is not a readable checkpoint"):
+            checkpoint.load(path)
+    path.write_bytes(whole)
+    assert torch.equal(checkpoint.load(path)["weight"], STATE["weight"])
+
+
+@pytest.mark.parametrize("extra", [argparse.Namespace(lr=0.1), np.float64(0.5), np.int64(3), np.arange(3)])
+def test_options_and_numbers_beside_the_weights_are_read(tmp_path: Path, extra: Any) -> None:
+    torch.save({"state_dict": STATE, "extra": extra}, tmp_path / "net.pt")
+    net = nn.Linear(100, 2)
+    assert checkpoint.load_weights(net, tmp_path / "net.pt") == []
+    assert torch.equal(net.weight, STATE["weight"])
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("ran",)
+
+
+def test_an_object_that_could_run_code_is_named_and_not_called_corrupt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for content, name in ((Evil(), "mkdir"), (nn.Linear(1, 1), "torch.nn.modules.linear.Linear")):
+        torch.save({"state_dict": STATE, "net": content}, "net.pt")
+        with pytest.raises(UserError, match=name) as refused:
+            checkpoint.load(Path("net.pt"))
+        assert "delete" not in str(refused.value)
+    assert not Path("ran").exists()
+
+
+def test_safetensors(tmp_path: Path) -> None:
+    path = tmp_path / "net.safetensors"
+    save_file(STATE, path)
+    net = nn.Linear(100, 2)
+    assert checkpoint.load_weights(net, path) == []
+    assert torch.equal(net.weight, STATE["weight"])
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(UserError, match=r"net\.safetensors is not a readable safetensors file"):
+        checkpoint.load_weights(net, path)
+
+
+@pytest.mark.parametrize("step", [10**12, -1, True, 2.0, None, "3"])
+def test_a_step_that_the_run_does_not_have(step: Any) -> None:
+    with (
+        pytest.raises(UserError, match=r"c\.pt does not belong to this run"),
+        checkpoint.belonging(Path("c.pt"), {"step": step}, 10),
+    ):
+        pytest.fail("was taken for the run's own")
+    with checkpoint.belonging(Path("c.pt"), {"step": 10}, 10) as content:
+        assert content == {"step": 10}
