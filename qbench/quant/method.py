@@ -20,7 +20,8 @@ class Rule:
     site).
     replace: a factory called with (module, 'replace') that makes the new module; the other sites then sit on it.
     channels: give it `channels=` too, the number of channels that reach the module (a ReLU does not know). keep: leave
-    it alone, with the reason shown in the manifest. optional: matching nothing is no error.
+    it alone, with the reason shown in the manifest. below: only modules of fewer weights than this. optional: matching
+    nothing is no error.
     """
 
     match: str = "*"
@@ -33,6 +34,7 @@ class Rule:
     replace: Factory | None = None
     channels: bool = False
     keep: str | None = None
+    below: int | None = None
     optional: bool = False
 
     def __post_init__(self) -> None:

@@ -1,6 +1,7 @@
 """Turn a float net into a quantized one by rules; say what became of every tensor."""
 
-from collections.abc import Hashable, Sequence
+import math
+from collections.abc import Hashable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -16,6 +17,11 @@ from qbench.quant.quantizer import Quantizer
 
 def _is_kind(module: nn.Module, kind: str) -> bool:
     return any(fnmatchcase(type(module).__name__, k) for k in kind.split("|"))
+
+
+def _weights(module: nn.Module) -> int:
+    weight = getattr(module, "weight", None)
+    return weight.numel() if isinstance(weight, torch.Tensor) else 0
 
 
 class _Tracer(fx.Tracer):
@@ -65,6 +71,8 @@ def matches(model: nn.Module, rules: Sequence[Rule]) -> dict[str, Rule]:
         )
         if hits is None:
             hits = [n for n in names if fnmatchcase(n, rule.match)]
+        if rule.below is not None:
+            hits = [n for n in hits if _weights(modules[n]) < rule.below]
         if rule.pair:
             hits = [n for n in hits if n in consumers and _is_kind(modules[consumers[n]], rule.pair)]
         if not hits and not rule.optional:
@@ -203,6 +211,23 @@ def packed(model: nn.Module) -> dict[Hashable, Part]:
         if id(t) not in done and t.is_floating_point():
             found[name] = Part(t.detach())
     return found
+
+
+def learned_bits(model: nn.Module, method: Mapping[str, Any]) -> dict[str, float]:
+    """What the training made of the widths that `method`, the YAML's, calls learned: the mean of the quantizers' bits.
+
+    `w_bits_learned` is the mean over all quantized weights, `a_bits_learned` that over the activations' quantizers.
+    """
+    quantized = [(m.weight_quantizer, math.prod(m.weight_shape)) for _, m in quant_layers(model)]
+    seen = {
+        "w": [(q.bits, numel) for q, numel in quantized if q is not None],
+        "a": [(q.bits, 1) for q in activation_quantizers(model).values()],
+    }
+    return {
+        f"{site}_bits_learned": sum(bits * n for bits, n in found) / sum(n for _, n in found)
+        for site, found in seen.items()
+        if found and (method.get(f"{site}_bits") or {}).get("learned")
+    }
 
 
 def size(model: nn.Module) -> dict[str, float]:
