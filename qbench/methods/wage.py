@@ -9,7 +9,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from qbench.config.bits import FLOAT
 from qbench.quant import ops
 from qbench.quant.grid import Affine, affine
 from qbench.quant.layers import QuantLayer
@@ -144,7 +143,7 @@ class WageActivation(Quantizer):
     def __init__(self, layer: nn.Module, site: str, *, bits: int, e_bits: int = 8) -> None:
         super().__init__()
         self.bits = check_bits(bits, 2, 16)
-        self.error_quantizer = None if e_bits == FLOAT else WageError(layer, "error", bits=e_bits)
+        self.error_quantizer = None if e_bits == 32 else WageError(layer, "error", bits=e_bits)
 
     def bypass(self, x: Tensor) -> Tensor:
         return x.relu()
