@@ -184,7 +184,8 @@ class Method:
     the short budgets; recipe: what budget=paper means; budgets: what this method changes in the other budgets, `every`
     in all of them (its own loss or update rule). needs: model options used unless the user chose otherwise. stages: the
     phases of the training; none: one. param_groups: {match, weight_decay, lr_scale}, or with an optimizer and a rate of
-    their own {match, optimizer, lr, constant}. added: options that came later, with the value that changes nothing.
+    their own {match, optimizer, lr, constant}; `options` are what that optimizer alone knows. added: options that came
+    later, with the value that changes nothing.
     """
 
     name: str

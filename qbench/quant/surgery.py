@@ -169,9 +169,9 @@ def manifest(model: nn.Module, kept: dict[str, str]) -> dict[str, Any]:
         weights[name] = entry
     activations = {name: q.describe() for name, q in activation_quantizers(model).items()}
     errors = {
-        name: layer.error_quantizer.describe()
-        for name, layer in quant_layers(model)
-        if layer.error_quantizer is not None
+        name: q.describe()
+        for name, m in model.named_modules()
+        if isinstance(q := getattr(m, "error_quantizer", None), Quantizer)  # of a layer, or of what replaced a ReLU
     }
     found = {"weights": weights, "activations": activations, "errors": errors, "size": size(model)}
     return found | {"float_inputs": float_inputs(model, kept), "layers": len(layers(model))}
