@@ -5,9 +5,9 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
-from qbench.quant.float_inputs import float_inputs, layers
+from qbench.quant.float_inputs import Tracer, float_inputs, layers
 from qbench.quant.layers import QuantLayer, quant_layers
 from qbench.quant.method import Rule
 from qbench.quant.packing import Part
@@ -18,16 +18,9 @@ def _is_kind(module: nn.Module, kind: str) -> bool:
     return any(fnmatchcase(type(module).__name__, k) for k in kind.split("|"))
 
 
-class _Tracer(fx.Tracer):
-    """Sees every module without children as one node, ours (Add) as well as torch's."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return super().is_leaf_module(m, module_qualified_name) or not any(True for _ in m.children())
-
-
 def pairs(model: nn.Module) -> dict[str, str]:
     """{producer: consumer} for modules whose output only one other module reads, from the traced graph."""
-    graph = _Tracer().trace(model)
+    graph = Tracer().trace(model)
     found = {}
     for node in graph.nodes:
         if node.op == "call_module" and len(node.users) == 1:
@@ -40,7 +33,7 @@ def pairs(model: nn.Module) -> dict[str, str]:
 def channels(model: nn.Module) -> dict[str, int]:
     """{module: channels of its output}, from the traced graph: those of the last layer up to it that has any."""
     found: dict[str, int] = {}
-    for node in _Tracer().trace(model).nodes:
+    for node in Tracer().trace(model).nodes:
         if node.op == "call_module":
             module = model.get_submodule(str(node.target))
             own = [getattr(module, a) for a in ("out_channels", "out_features", "num_features") if hasattr(module, a)]
