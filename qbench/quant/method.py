@@ -215,6 +215,11 @@ class Method:
             ]
             object.__setattr__(self, name, tuple(parts))
 
+    @property
+    def only_acts(self) -> bool:
+        """Whether no stage trains by steps of an optimizer over the net: all of them act."""
+        return bool(self.stages) and all(stage.act is not None for stage in self.stages)
+
 
 def _made(kind: type, words: Mapping[str, Any], what: str) -> Any:
     allowed = sorted(f.name for f in fields(kind))

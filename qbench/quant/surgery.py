@@ -6,9 +6,9 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
-from qbench.quant.float_inputs import float_inputs, layers
+from qbench.quant.float_inputs import Tracer, float_inputs, layers
 from qbench.quant.layers import QuantLayer, quant_layers
 from qbench.quant.method import Rule
 from qbench.quant.packing import Part
@@ -24,16 +24,9 @@ def _weights(module: nn.Module) -> int:
     return weight.numel() if isinstance(weight, torch.Tensor) else 0
 
 
-class _Tracer(fx.Tracer):
-    """Sees every module without children as one node, ours (Add) as well as torch's."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return super().is_leaf_module(m, module_qualified_name) or not any(True for _ in m.children())
-
-
 def pairs(model: nn.Module) -> dict[str, str]:
     """{producer: consumer} for modules whose output only one other module reads, from the traced graph."""
-    graph = _Tracer().trace(model)
+    graph = Tracer().trace(model)
     found = {}
     for node in graph.nodes:
         if node.op == "call_module" and len(node.users) == 1:
@@ -46,7 +39,7 @@ def pairs(model: nn.Module) -> dict[str, str]:
 def channels(model: nn.Module) -> dict[str, int]:
     """{module: channels of its output}, from the traced graph: those of the last layer up to it that has any."""
     found: dict[str, int] = {}
-    for node in _Tracer().trace(model).nodes:
+    for node in Tracer().trace(model).nodes:
         if node.op == "call_module":
             module = model.get_submodule(str(node.target))
             own = [getattr(module, a) for a in ("out_channels", "out_features", "num_features") if hasattr(module, a)]
