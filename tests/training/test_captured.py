@@ -55,6 +55,7 @@ CASES |= {
     ),
     "recu, released": ("method=recu", "options.scale=learned", "options.normalize=true"),
     "fda_bnn, whole": ("method=fda_bnn", "options.noise_forward=true"),
+    "lsq_plus, no offset": ("method=lsq_plus", "options.offset=false", "options.signed=true"),
     "distilled": ("method=lsq", "distill.weight=0.5"),
     "distilled, no labels": ("method=reactnet", "distill.weight=1"),
 }
