@@ -32,7 +32,7 @@ def resolve(config: DictConfig) -> dict[str, Any]:
     """
     raw = OmegaConf.to_container(config.method, resolve=False)
     assert isinstance(raw, dict)
-    check_method(raw, f"{raw['name']}.yaml" if raw.get("name") else "the method's YAML")
+    check_method(raw, f"{raw['name']}.yaml" if raw.get("name") else "the method's YAML")  # type: ignore[arg-type]
     try:
         config.w_bits, config.a_bits = bits.resolve(raw, config.bits, config.w_bits, config.a_bits)  # type: ignore[arg-type]
     except UserError as error:
