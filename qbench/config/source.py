@@ -14,7 +14,7 @@ from qbench.config.identity import digest
 # What decides the numbers of every run, beside the method's own files and the model's.
 CORE = (
     *(f"qbench.quant.{n}" for n in ("hooks", "layers", "method", "ops", "quantizer", "surgery")),
-    *(f"qbench.training.{n}" for n in ("evaluation", "optim", "trainer")),
+    *(f"qbench.training.{n}" for n in ("evaluation", "optim", "stages", "step", "trainer")),
     "qbench.config.recipe",
 )
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,13 @@ from torch import Tensor, nn
 from qbench import kernels
 from qbench.config.recipe import Recipe
 from qbench.errors import UserError
-from qbench.quant.layers import quantized_weights
 from qbench.quant.method import Hook, Method, StageState, State
 from qbench.quant.quantizer import Quantizer
 from qbench.screen import Screen
 from qbench.training import captured, checkpoint
-from qbench.training.evaluation import Batches, autocast, evaluate, rank, world
+from qbench.training.evaluation import Batches, evaluate, rank, world
 from qbench.training.interrupt import Interrupted, Stop
 from qbench.training.optim import (
-    Optimizers,
-    criterion,
     make_optimizers,
     optimizer_names,
     parameter_groups,
@@ -31,6 +28,7 @@ from qbench.training.optim import (
 )
 from qbench.training.recorder import Recorder
 from qbench.training.stages import Part, parts, switch
+from qbench.training.step import Step
 from qbench.training.telemetry import Telemetry
 
 LOGS_PER_EPOCH = 10
@@ -50,18 +48,15 @@ class Outcome:
     extra: dict[str, float] = field(default_factory=dict)
 
 
-class Trainer:
+class Trainer(Step):
     """Trains one net stage by stage, from a checkpoint where there is one.
 
     Everything that decides the next step is a pure function of the step number or is in the checkpoint, so that a run
     cut off anywhere ends with the same weights as one that was not.
 
-    On a GPU the computing of a step becomes a CUDA graph (`graph`: auto, True or False; `graphs` is what records it, by
-    default torch's). `eager` says why it does not; empty where it does.
+    graph: whether a step becomes a CUDA graph on a GPU (auto, True or False); graphs: what records it, by default
+    torch's.
     """
-
-    optimizer: Optimizers
-    recipe: Recipe  # of the present stage
 
     def __init__(
         self,
@@ -126,9 +121,6 @@ class Trainer:
     def _share(self, epochs: float) -> float:
         """Epochs as a share of the training, on a whole step."""
         return round(epochs * self.steps_per_epoch) / max(1, self.total)
-
-    def own_hooks(self) -> list[Hook]:
-        return [h for h in self.hooks if isinstance(h, Hook)]
 
     def _enter(self, index: int, step: int = 0) -> None:
         """Make the present stage the one of this index: its recipe, and an optimizer of its own."""
@@ -308,83 +300,6 @@ class Trainer:
             hook.after_step(state)
         self.losses.append(loss)
         self.seen += len(y)
-
-    def _compute(self, x: Tensor, y: Tensor) -> Tensor:
-        """From the batch to the stepped weights; the loss. All that a CUDA graph holds of a step.
-
-        Where parameter groups take turns, each turn has a pass over the batch and a loss of its own.
-        """
-        total = torch.zeros((), device=self.device)
-        for turn in self.optimizer.turns:
-            total = self._turn(x, y, turn)
-        return total
-
-    def _turn(self, x: Tensor, y: Tensor, turn: int) -> Tensor:
-        state, recipe = self.state, self.recipe
-        self.optimizer.zero_grad()
-        state.logits = None  # its graph goes, and the stream that gathers gradients
-        total = torch.zeros((), device=self.device)
-        for state.inputs, state.labels in zip(x.chunk(recipe.accumulate), y.chunk(recipe.accumulate), strict=True):
-            share = len(state.labels) / len(y)
-            total += share * self._forward_backward(share)
-            if turn == self.optimizer.turns[-1]:
-                assert state.logits is not None
-                self.correct += (state.logits.argmax(1) == state.labels).sum()
-        for hook in self.own_hooks():
-            hook.after_backward(state)
-        self._exchange()
-        if recipe.clip_grad:
-            nn.utils.clip_grad_norm_([*self.model.parameters(), *self.hooks.parameters()], recipe.clip_grad)
-        self.optimizer.step(turn)
-        return total
-
-    def _replay(self, step: captured.Captured, x: Tensor, y: Tensor) -> Tensor:
-        """`_compute` as a CUDA graph; op by op from now on where torch cannot record it."""
-        kind: Hashable = (
-            tuple(q.enabled for q in self.quantizers),
-            *(hook.phase(self.state) for hook in self.own_hooks()),
-        )
-        try:
-            return step(x, y, kind)
-        except captured.NotRecorded as error:
-            self.eager = f"torch could not record it ({error})"
-            captured.asked(self.graph, self.eager)
-            self.screen.line(f"graph: off, {self.eager}")
-            self.captured = None
-            return self._compute(x, y)
-
-    def _forward_backward(self, share: float) -> Tensor:
-        """Forward and backward of one micro-batch, `share` of the batch; its loss, detached."""
-        state = self.state
-        assert state.inputs is not None
-        assert state.labels is not None
-        with autocast(self.device, self.recipe.precision):
-            if self.compile:  # the compiled graph quantizes the weights itself
-                state.logits = self.net(state.inputs)
-            else:
-                with quantized_weights(self.model):
-                    state.logits = self.net(state.inputs)
-        assert state.logits is not None
-        loss = criterion(self.recipe, state.logits.float(), state.labels) * self.labels_weight
-        for hook in self.own_hooks():
-            extra = hook.loss(state)
-            loss = loss if extra is None else loss + extra
-        (loss * share).backward()  # type: ignore[no-untyped-call]
-        return loss.detach()
-
-    def _exchange(self) -> None:
-        """Average the gradients over the workers."""
-        if not dist.is_initialized():
-            return
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        grads = [p.grad for p in parameters]
-        for hook in self.own_hooks():
-            hook.exchange(grads)
-        flat = torch.cat([g.flatten() for g in grads])
-        dist.all_reduce(flat)
-        flat /= world()
-        for p, g in zip(parameters, flat.split([g.numel() for g in grads]), strict=True):
-            p.grad = torch.empty_like(p).copy_(g.view_as(p))  # in the memory format of p, as fused optimizers want it
 
     def _log(self) -> str:
         """Record the training loss since the last log; stop on a loss that is not finite."""
