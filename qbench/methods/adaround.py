@@ -88,7 +88,7 @@ class Activation(Uniform):
     With `drop` above 0 each value is left in float with that probability. Where the step is learned its gradient is
     round(x / step) - x / step inside, and the lowest or highest code (less zero) outside.
 
-    Reference: 2203.05740 Eq. 7; 1902.08153 Eq. 3
+    Reference: 2203.05740; 1902.08153 Eq. 3
     """
 
     drop = 0.0
@@ -112,7 +112,7 @@ class Activation(Uniform):
 
 
 def mixed(quantized: Tensor, x: Tensor, drop: float, generator: torch.Generator | None) -> Tensor:
-    """Each value that of `x` with probability `drop`, else that of `quantized`. Reference: 2203.05740 Eq. 7"""
+    """Each value that of `x` with probability `drop`, else that of `quantized`. Reference: 2203.05740"""
     if not drop:
         return quantized
     return torch.where(torch.rand(x.shape, generator=generator, device=x.device) < drop, x, quantized)
@@ -202,9 +202,10 @@ class Reconstruct:
             nearest = whole(error, len(x), x.device)
             undo = self.learn(unit, error, len(x), state.generator)
             learned = whole(error, len(x), x.device)
-        if not learned <= nearest:
+        if not learned <= nearest:  # also where it is no number
             undo()
-        return {"nearest": nearest, "learned": min(learned, nearest)}
+            learned = nearest
+        return {"nearest": nearest, "learned": learned}
 
     def learn(
         self, unit: nn.Module, error: Callable[..., Tensor], images: int, generator: torch.Generator

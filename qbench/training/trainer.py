@@ -400,7 +400,8 @@ class Trainer(Step):
         """How far the training is, in words."""
         stage = self.state.stage
         if self.parts[stage.index].stage.act is not None:
-            return f"in stage {stage.name}, {stage.step} of {stage.steps} done"
+            of = f" of {stage.steps}" if stage.steps else ""  # a resumed stage does not know yet
+            return f"in stage {stage.name}, {stage.step}{of} done"
         return f"at step {self.state.step} of {self.total}" + (f", stage {stage.name}" if self.method.stages else "")
 
     def _interrupt(self) -> None:

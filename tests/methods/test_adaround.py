@@ -202,8 +202,9 @@ def test_never_worse_than_nearest_and_floor_or_floor_plus_one(
     assert lo <= int(codes.min()) <= int(codes.max()) <= hi
 
 
-def test_a_rounding_that_is_worse_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The learning is made to end with the worst choice; ranges of inputs and steps are put back too."""
+@pytest.mark.parametrize("step_lr", [0.5, math.inf])
+def test_a_rounding_that_is_worse_is_taken_back(step_lr: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The learning is made to end with the worst choice, or without a number; steps of inputs are put back too."""
 
     def worst(self: Rounding, weight: Tensor) -> None:
         self.shift.copy_((weight > 0) * 2 - 1)
@@ -215,7 +216,7 @@ def test_a_rounding_that_is_worse_is_taken_back(monkeypatch: pytest.MonkeyPatch)
     with calibrating(net):
         net(x)
     plain = net(x).detach()
-    (done,) = learn(net, Images(x), activations=True, step_lr=0.5)
+    (done,) = learn(net, Images(x), activations=True, step_lr=step_lr)
     assert done.values["learned"] == done.values["nearest"] > 0
     assert not rounding(net[0]).shift.any()
     assert net(x).equal(plain)

@@ -1,4 +1,4 @@
-"""Post-training quantization: folding by hand, and the whole method on small nets."""
+"""ptq: batch-norms folded by hand, and the whole method on small nets."""
 
 from copy import deepcopy
 from functools import partial

@@ -232,3 +232,4 @@ def test_an_acting_stage_can_be_interrupted(tmp_path: Path) -> None:
     made.save = save  # type: ignore[method-assign]
     with pytest.raises(Interrupted, match="stopped in stage act, 2 of 3 done"):
         made.train()
+    assert loop(tmp_path, three())[0].where() == "in stage act, 2 done"
