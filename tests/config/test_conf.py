@@ -185,7 +185,7 @@ def test_init_follows_the_method_unless_told() -> None:
     assert resolved("method=flexor")["init"] == "scratch"
     assert resolved("method=float")["init"] == "scratch"
     assert resolved("method=flexor", "init=float")["init"] == "float"
-    assert resolved("method=pact", "init=x.pt")["init"] == "x.pt"
+    assert resolved("method=pact", f"init={__file__}")["init"] == __file__
 
 
 def test_the_uniform_protocol_has_the_same_exceptions_for_all() -> None:
@@ -321,7 +321,7 @@ DIFFERENT = [
     ("options.detach=true",),
     ("workers=2",),
     ("compile=true",),
-    ("init=x.pt",),
+    (f"init={__file__}",),
 ]
 
 
@@ -347,7 +347,7 @@ def test_the_teacher_of_a_distilled_run_is_part_of_its_name(tmp_path: Path) -> N
 def test_the_number_of_classes_is_part_of_the_name() -> None:
     from qbench.training.run import prepare
 
-    base = ("model=tiny", "dataset=synthetic", "init=scratch")
+    base = ("model=tiny", "dataset=synthetic", "init=scratch", "train.batch_size=5")
     assert prepare(resolved(*base)).key != prepare(resolved(*base, "dataset.classes=12", "dataset.train_size=10")).key
 
 
