@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from evidence import computing_tests
 from torch import Tensor, nn
 
 from qbench.cli.overrides import compose
@@ -124,15 +126,31 @@ def test_alias_is_the_method_it_names(alias: str) -> None:
     assert config_of(alias) == config_of(catalog.aliases()[alias])
 
 
+def file_of(name: str) -> Path:
+    return catalog.conf_folder() / "method" / f"{name}.yaml"
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_method_has_a_test_file_that_names_it(name: str) -> None:
-    yaml = (catalog.conf_folder() / "method" / f"{name}.yaml").read_text()
-    if not method_node(name).get("rules"):
+def test_every_option_is_read(name: str) -> None:
+    whole = yaml.safe_load(file_of(name).read_text())
+    options = set(whole.pop("options", None) or {})
+    read = set(re.findall(r"\$\{options\.(\w+)", str(whole)))
+    read |= {key for rule in whole["method"].get("rules") or () for key in rule.get("only") or ()}
+    assert options == read
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_method_has_a_test_that_computes_with_it(name: str) -> None:
+    """In tests/methods, in a file named after the method or its module: see `evidence`."""
+    whole = yaml.safe_load(file_of(name).read_text())
+    if not whole["method"].get("rules"):
         assert name == "float"
         return
-    stems = {name, *re.findall(r"qbench\.methods\.(\w+)", yaml)}
-    found = [p for p in Path(__file__).parent.glob("methods/test_*.py") if p.stem.removeprefix("test_") in stems]
-    assert any(re.search(rf"\b{name}\b", p.read_text(), re.IGNORECASE) for p in found), f"{name}: {stems}"
+    targets = re.findall(r"qbench\.methods\.((?:shared\.)?\w+)\.(\w+)", str(whole))
+    wanted = {built for _, built in targets} or {f"conf/method/{name}.yaml"}
+    files = {Path(__file__).parent / "methods" / f"test_{stem}.py" for stem in (name, *(m for m, _ in targets))}
+    found = {path.stem: computing_tests(path.read_text(), wanted) for path in files if path.is_file()}
+    assert any(found.values()), f"{name}: no test in {sorted(found)} computes with {sorted(wanted)}"
 
 
 def test_every_rule_and_parameter_group_matches(case: Case) -> None:

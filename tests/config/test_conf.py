@@ -17,13 +17,14 @@ from qbench.cli.overrides import compose
 from qbench.config import catalog
 from qbench.config.identity import digest, folder_name, identity, parent_of
 from qbench.config.recipe import DEFAULTS, KEYS, Recipe, merge
-from qbench.config.resolve import resolve
+from qbench.config.resolve import _training, resolve
 from qbench.data import DataSet, Split
 from qbench.errors import UserError
 from qbench.training.build import make_method, make_model, quantize
 
 CONF = catalog.conf_folder()
 FILES = sorted(CONF.rglob("*.yaml"))
+THERE = CONF / "config.yaml"  # for init=: some file that is there
 METHODS = [n for n in catalog.names("method") if n not in catalog.aliases()]
 FACTS = {"name": "synthetic", "checksum": "0" * 64, "augment": "none", "mean": (0.5,), "std": (0.35,)}
 SMALL = {"vgg_small": 0.05, "mobilenet_v1": 0.1, "mobilenet_v2": 0.1, "lenet5": 0.1, "mlp": 0.02}
@@ -118,6 +119,23 @@ def test_the_user_beats_the_method_and_the_method_beats_the_budget() -> None:
     assert resolved("method=flexor", "train.weight_decay=0.5")["train"]["weight_decay"] == 0.5
 
 
+def test_rate_update_rule_and_length_belong_to_the_methods_own_start() -> None:
+    """BNN's Adam at 5e-3 is for signs from scratch; from the float net its budget's SGD runs, at that one's rate."""
+
+    def told(*words: str) -> tuple[Any, ...]:
+        train = resolved("method=bnn", "budget=short", *words)["train"]
+        return tuple(train[k] for k in ("optimizer", "lr", "momentum", "epochs", "weight_decay"))
+
+    assert told() == ("adam", 5e-3, 0.9, 20, 0.0)
+    assert told("init=float") == told(f"init={THERE}") == ("sgd", 0.05, 0.9, 8, 0.0)
+    assert told("init=float", "train.lr=0.3") == ("sgd", 0.3, 0.9, 8, 0.0)
+
+    method = {"name": "m", "init": "scratch", "budgets": {"short": {**dict.fromkeys(KEYS, 1), "stages": {}}}}
+    budget = {"name": "short", "scratch": {}, "finetune": {}}
+    theirs, others = (set(_training(method, budget, init, 4)[1]) for init in ("scratch", "float"))
+    assert theirs - others == {"optimizer", "lr", "momentum", "nesterov", "betas", "eps", "epochs", "steps"}
+
+
 def test_the_users_precision_is_for_every_phase() -> None:
     config = resolved("method=pact", "budget=short", "precision=fp32")
     assert config["train"]["precision"] == config["parent"]["precision"] == "fp32"
@@ -185,7 +203,7 @@ def test_init_follows_the_method_unless_told() -> None:
     assert resolved("method=flexor")["init"] == "scratch"
     assert resolved("method=float")["init"] == "scratch"
     assert resolved("method=flexor", "init=float")["init"] == "float"
-    assert resolved("method=pact", "init=x.pt")["init"] == "x.pt"
+    assert resolved("method=pact", f"init={THERE}")["init"] == str(THERE)
 
 
 def test_the_uniform_protocol_has_the_same_exceptions_for_all() -> None:
@@ -321,7 +339,7 @@ DIFFERENT = [
     ("options.detach=true",),
     ("workers=2",),
     ("compile=true",),
-    ("init=x.pt",),
+    (f"init={THERE}",),
 ]
 
 
