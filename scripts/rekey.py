@@ -77,6 +77,11 @@ def asked(old: Path) -> Iterator[list[Any]]:
     return map(json.loads, done.stdout.splitlines())
 
 
+def _words(card: str, row: str, budget: str) -> list[str]:
+    """The words of a row as its card has them today, where it still has the row."""
+    return next((words_of(r, budget) for r in cards.load(card).runs if r.id == row), [])
+
+
 def rekey_cards(old: Path, write: bool) -> int:
     """Rename the entries of every results.json; returns how many keep their name because their run has changed."""
     left = 0
@@ -86,7 +91,7 @@ def rekey_cards(old: Path, write: bool) -> int:
             print(f"{label}: of earlier code already")
             continue
         try:
-            new = {**resolve_row(words), "seed": seed}
+            new = {**resolve_row(_words(card, row, budget) or words), "seed": seed}
             wrong = difference(config, json.loads(json.dumps(new)))
         except UserError as error:
             wrong = [str(error)]

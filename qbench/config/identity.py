@@ -30,7 +30,7 @@ UNDECIDING = (
     "added",
 )
 FLOAT_METHOD: dict[str, Any] = {"name": "float", "w_bits": {"default": 32, "only": [32]}, "init": "scratch"}
-DEFAULTS = {f.name: f.default for f in fields(Recipe)}
+DEFAULTS = {f.name: list(f.default) if isinstance(f.default, tuple) else f.default for f in fields(Recipe)}
 UNREAD: dict[str, tuple[str, ...]] = {"step": (), "exponential": ("milestones",)}  # other schedules read neither
 NEUTRAL = "_neutral_"  # the arguments of a node that come from an option at its neutral value: see `mark`
 
@@ -83,7 +83,8 @@ def identity(config: Mapping[str, Any], data: Mapping[str, Any], init: str) -> d
 
 def _recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
     unread = UNREAD.get(recipe.get("schedule", ""), ("milestones", "gamma"))
-    return {k: v for k, v in recipe.items() if v != DEFAULTS[k] and k not in unread}
+    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in recipe.items()}  # as a file has them
+    return {k: v for k, v in plain.items() if v != DEFAULTS[k] and k not in unread}
 
 
 def neutral(method: Mapping[str, Any], options: Mapping[str, Any]) -> set[str]:

@@ -50,14 +50,15 @@ def curves(
 ) -> Path:
     """Draws curves.png (5 inches wide): accuracy, loss and the quantizers' scales over the epochs.
 
-    The accuracy is that of each evaluation, between two levels: the float parent and, where there is one, the net that
-    was calibrated and not yet trained. With `pdf` curves.pdf is written beside it. `result` and `records` are what the
-    run's files hold, for a caller that has them at hand.
+    The accuracy is that of each evaluation, and of the training, between two levels: the float parent and, where there
+    is one, the net that was calibrated and not yet trained. Upright lines stand between the stages of a method. With
+    `pdf` curves.pdf is written beside it. `result` and `records` are what the run's files hold, for a caller that has
+    them at hand.
 
     Errors: UserError when the run has recorded nothing to draw.
     """
     records, result = records or records_of(folder), result or result_of(folder)
-    accuracy = {phase: _curve(records, phase, "accuracy") for phase in ("test", "val")}
+    accuracy = {phase: _curve(records, phase, "accuracy") for phase in ("train", "test", "val")}
     loss = {phase: _curve(records, phase, "loss") for phase in ("train", "test", "val")}
     traces = traces_of(records)
     panels = [bool(accuracy["test"][0] or accuracy["val"][0]), any(x for x, _ in loss.values()), *[True] * len(traces)]
@@ -77,9 +78,43 @@ def curves(
             _draw_loss(next(left), loss)
         for (kind, lines), panel in zip(traces.items(), left, strict=True):
             _draw_traces(panel, kind, lines)
+        for epoch in stage_ends(records):
+            for panel in axes:
+                panel.axvline(epoch, color="0.7", linewidth=0.8, zorder=0)
         label_epochs(axes)
         _stack(figure, axes, 0.65 if any(len(lines) > MOST_NAMES for lines in traces.values()) else 0.1)
         return save(figure, Path(folder) / "curves.png", dpi, pdf)
+
+
+def stage_ends(records: Sequence[dict[str, Any]]) -> list[float]:
+    """The epochs at which one stage of a method ended and another began."""
+    last: dict[str, float] = {}
+    for record in records:
+        if "stage" in record:
+            last[record["stage"]] = record["epoch"]
+    return sorted({*list(last.values())[:-1]} - {0.0})
+
+
+def units(folder: Path, result: Mapping[str, Any], records: Sequence[dict[str, Any]], *, dpi: int = 150) -> Path | None:
+    """Draws units.png where a stage acted layer by layer: what it recorded of each, in order; None where none did."""
+    found = [record["unit"] for record in records if "unit" in record]
+    kinds = list(dict.fromkeys(k for unit in found for k in unit["values"]))
+    if not kinds:
+        return None
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(5, 3), layout="constrained")
+        axes = figure.subplots()
+        axes.set_title(title_of(result))
+        for kind, dash in zip(kinds, DASHES * len(kinds), strict=False):
+            values = [unit["values"].get(kind, math.nan) for unit in found]
+            axes.plot(range(len(found)), values, linestyle=dash, marker="o", markersize=3, label=kind)
+        axes.set_xticks(range(len(found)), [_short(unit["name"]) for unit in found], rotation=90)
+        _scale(axes, [v for unit in found for v in unit["values"].values() if v is not None])
+        axes.legend()
+        return save(figure, Path(folder) / "units.png", dpi, False)
 
 
 def histograms(
@@ -156,12 +191,13 @@ def _levels(layer: dict[str, Any]) -> str:
 
 
 def _draw_accuracy(axes: "Axes", accuracy: dict[str, Curve], result: Mapping[str, Any]) -> None:
-    styles = {"test": (BLUE, "-", "o"), "val": (ORANGE, "--", "s")}
+    styles = {"train": ("0.45", "-", ""), "test": (BLUE, "-", "o"), "val": (ORANGE, "--", "s")}
     heights = []
     for phase, (x, y) in accuracy.items():
         if x:
             colour, dash, marker = styles[phase]
-            axes.plot(x, y, color=colour, linestyle=dash, marker=marker, label=phase)
+            width = 0.8 if phase == "train" else 1.2
+            axes.plot(x, y, color=colour, linestyle=dash, marker=marker, linewidth=width, label=phase)
             # What was evaluated before training does not set the scale, unless there is nothing else.
             heights += [v for e, v in zip(x, y, strict=True) if math.isfinite(v) and (e > 0 or max(x) == 0)]
     before, parent = result.get("accuracy_before_training"), result.get("float_accuracy")

@@ -67,7 +67,11 @@ def tell(folder: Path, result: Mapping[str, Any], line: Callable[[str], None]) -
     line(f"  seconds               {result['seconds']:>7.0f}")
     if str(result.get("device", "cpu")).startswith("cuda") and "images_per_s" in result:
         line(f"  images/s              {result['images_per_s']:>7,}     (evaluations and records included)")
-    pictures = [str(folder / n) for n in ("curves.png", "histograms.png", "telemetry.png") if (folder / n).is_file()]
+    pictures = [
+        str(folder / n)
+        for n in ("curves.png", "units.png", "histograms.png", "telemetry.png")
+        if (folder / n).is_file()
+    ]
     line(f"  pictures              {'  '.join(pictures) or '-'}")
     line(f"  everything            {folder}")
 

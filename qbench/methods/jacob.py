@@ -26,9 +26,10 @@ class Weight(UniformGrid):
     @torch.no_grad()
     def grid(self, x: Tensor | None = None) -> Affine:
         """That of the weight; -1..1 stands for its range where there is none."""
-        ends = torch.tensor([-1.0, 1.0]) if x is None else self.rows(x.detach())
-        lo, hi = (end.expand(self.shape) if x is None else end.reshape(self.shape) for end in ranges.minmax(ends))
-        return self._between(*ranges.grid(lo, hi, self.bounds, self.symmetric), dynamic=x is None)
+        one = torch.ones(self.shape)
+        lo, hi = (-one, one) if x is None else ranges.minmax(self.rows(x.detach()))
+        grid = ranges.grid(lo.reshape(self.shape), hi.reshape(self.shape), self.bounds, self.symmetric)
+        return self._between(*grid, dynamic=x is None)
 
 
 class Activation(UniformGrid):

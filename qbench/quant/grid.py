@@ -26,10 +26,10 @@ Scale = Tensor | float | None
 class Grid(ABC):
     """What the kinds share: codes lo..hi, in `width` bits each when lo is subtracted.
 
-    Where channels or groups have widths of their own, lo and hi are integer tensors that broadcast as the scales do.
+    Where channels or groups have widths of their own, hi is an integer tensor of the shape of the scales.
     """
 
-    lo: int | Tensor
+    lo: int
     hi: int | Tensor
     dynamic: bool = False
     constants: tuple[str, ...] = ()  # the names of tensors that are constants of the method
@@ -45,7 +45,7 @@ class Grid(ABC):
     @property
     def levels(self) -> int:
         """How many codes are used, of each scale; the most where they differ."""
-        return int((torch.as_tensor(self.hi) - self.lo).max()) + 1
+        return int(torch.as_tensor(self.hi).max()) - self.lo + 1
 
     def pack(self, codes: Tensor) -> Part:
         """Codes as a packed file holds them."""
@@ -90,26 +90,24 @@ class Affine(Grid):
     def codes(self, value: Tensor, source: Tensor) -> Tensor:
         seen = self._seen(value)
         place = torch.where(self.step == 0, self.zero.ceil(), seen / self.step + self.zero)  # no step: all are worth 0
-        codes = torch.minimum(torch.maximum(place.round(), torch.as_tensor(self.lo)), torch.as_tensor(self.hi))
+        codes = torch.minimum(place.round().clamp_min(self.lo), torch.as_tensor(self.hi))
         return codes.to(torch.int32).reshape(value.shape)
 
     def pack(self, codes: Tensor) -> Part:
-        return Part(codes - self._spread(self.lo, codes), self._spread(self.width, codes))
-
-    def unpack(self, part: Part) -> Tensor:
-        return part.numbers.to(torch.int32) + self._spread(self.lo, part.numbers)
+        width = self.width
+        if self.view and isinstance(width, Tensor):
+            width = width.expand(self.view).reshape(codes.shape)
+        return Part(codes - self.lo, width)
 
     def _seen(self, x: Tensor) -> Tensor:
         return x.reshape(self.view) if self.view else x
-
-    def _spread(self, value: int | Tensor, codes: Tensor) -> int | Tensor:
-        """What broadcasts in `view` in the shape of the codes."""
-        return value.expand(self.view).reshape(codes.shape) if self.view and isinstance(value, Tensor) else value
 
     def tables(self, encoder: bool = False) -> dict[str, Part]:
         found = {"step": Part(self.step)}
         if "zero" not in self.constants:
             found["zero"] = Part((self.zero - self.lo).to(torch.int32), self.width)
+        if isinstance(self.width, Tensor):
+            found["widths_less_1"] = Part(self.width - 1, 5)
         return {name: part for name, part in found.items() if name not in self.constants}
 
     def ends(self) -> tuple[Tensor, Tensor]:
@@ -202,12 +200,8 @@ class Planes(Grid):
         return found.amin(0), found.amax(0)
 
 
-def affine(
-    step: Scale, lo: int | Tensor, hi: int | Tensor, zero: Tensor | float = 0.0, view: Sequence[int] = ()
-) -> Affine:
+def affine(step: Scale, lo: int, hi: int | Tensor, zero: Tensor | float = 0.0, view: Sequence[int] = ()) -> Affine:
     """Codes lo..hi, value = (code - zero) * step; a `zero` that is a tensor holds whole numbers in lo..hi."""
-    if isinstance(lo, Tensor) or isinstance(hi, Tensor):
-        lo, hi = torch.broadcast_tensors(torch.as_tensor(lo), torch.as_tensor(hi))
     constants = [name for name, given in (("step", step), ("zero", zero)) if isinstance(given, float | int)]
     step_, zero_ = _tensor(step, zero), _tensor(zero, step)
     dynamic = step is None

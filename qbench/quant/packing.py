@@ -17,8 +17,7 @@ def pack(codes: Tensor, widths: int | Tensor) -> bytes:
     The integers are taken in C order (last axis fastest). Number i takes the bits p_i .. p_i + w_i - 1 of the stream,
     where p_i is the sum of the widths before it; bit k of the number is bit p_i + k of the stream, and bit p of the
     stream is bit p % 8 (0: the lowest, worth 1) of byte p // 8. The last byte is filled up with zeros. Nothing else is
-    stored: no lengths, no widths. As an example, [1, 2, 3] of 3 bits is 001 010 011 read from the right,
-    0b011_010_001 = 0x0D1, that is the bytes D1 00.
+    stored: no lengths, no widths. As an example, [1, 2, 3] of 3 bits each is 0b011_010_001, that is the bytes D1 00.
 
     codes: any shape, any integer dtype. widths: one number in 1..32, or a tensor of such that broadcasts to the shape
     of `codes` (a width per channel or group). The length is ceil(sum of widths / 8).

@@ -157,7 +157,6 @@ class Quantizer(nn.Module, ABC):
         Without `x` it is what is known without data: all there is to an activation whose range was calibrated or
         learned. What takes a scale from the tensor itself needs `x` for that; without it the grid is `dynamic`. It is
         that of evaluation: no random numbers, no average that moves. Nothing in it has a gradient.
-
         """
 
     @torch.no_grad()

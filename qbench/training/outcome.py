@@ -52,6 +52,7 @@ def write(run: Run, model: nn.Module, kept: dict[str, str], recorder: Recorder, 
     if any("quantizer" in entry for entry in manifest["weights"].values()):
         plots.histograms(folder, result, records)
         telemetry_plots.telemetry(folder, result, records)
+    plots.units(folder, result, records)
     recorder.result(result)
     recorder.close()
     for name in ("checkpoint.pt", "before.json"):

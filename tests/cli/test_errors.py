@@ -404,7 +404,7 @@ def test_eval_table_and_compare_of_what_is_not_there(cli: Cli, tmp_path: Path) -
 
 def test_eval_takes_no_other_training_option(tiny: Cli, cli: Cli, tmp_path: Path) -> None:
     run = _float_run(tiny, tmp_path)
-    refused(cli("eval", run, "bits=2"), "only dataset.* may be set", "bits")
+    refused(cli("eval", run, "bits=2"), "only dataset.*, device and allow may be set", "bits")
     refused(cli("eval", run, "dataset.rooot=3"), "'rooot'", "Did you mean 'root'?", "test_size")
     refused(cli("eval", run, "dataset.root"), "'dataset.root'", "name=value")
 

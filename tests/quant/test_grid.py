@@ -31,12 +31,13 @@ def test_affine() -> None:
 
 def test_widths_per_group() -> None:
     """Six weights in groups of two, of 2, 3 and 1 bits: each group with a step of its own."""
-    lo, hi = torch.tensor([[-2], [0], [0]]), torch.tensor([[1], [7], [1]])
-    grid = affine(torch.tensor([[1.0], [0.5], [4.0]]), lo, hi, view=(3, 2))
-    codes = torch.tensor([[-2, 1, 0], [7, 1, 0]])
+    zero, hi = torch.tensor([[2.0], [0.0], [0.0]]), torch.tensor([[3], [7], [1]])
+    grid = affine(torch.tensor([[1.0], [0.5], [4.0]]), 0, hi, zero, view=(3, 2))
+    codes = torch.tensor([[0, 3, 0], [7, 1, 0]])
     assert grid.values(codes).tolist() == [[-2, 1, 0], [3.5, 4, 0]]
+    assert stored(grid) == {"step": 96, "zero": 2 + 3 + 1, "widths_less_1": 15}
     assert back(grid, codes).tolist() == codes.tolist()
-    assert grid.codes(torch.full((2, 3), 9.0), torch.empty(0)).tolist() == [[1, 1, 7], [7, 1, 1]]
+    assert grid.codes(torch.full((2, 3), 9.0), torch.empty(0)).tolist() == [[3, 3, 7], [7, 1, 1]]
     assert torch.as_tensor(grid.width).flatten().tolist() == [2, 3, 1]
     assert grid.levels == 8
     part = grid.pack(codes)
