@@ -3,23 +3,20 @@
 import math
 import re
 from collections.abc import Iterator
-from copy import deepcopy
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+import yamls
 from evidence import computing_tests
 from torch import Tensor, nn
 
-from qbench.cli.overrides import compose
 from qbench.config import bits, catalog
 from qbench.config.identity import parent_of
-from qbench.config.resolve import resolve
 from qbench.data import DataSet, load
 from qbench.models.resnet import ResNetCIFAR
 from qbench.quant import surgery
@@ -36,15 +33,10 @@ NAMES = [path.stem for path in FILES if path.stem not in catalog.aliases()]
 WITH = {("flexor", 0.05): ("options.n_tap=1",)}
 
 
-@cache
-def _config_of(name: str, *words: str) -> dict[str, Any]:
+def config_of(name: str, *words: str) -> dict[str, Any]:
     data = ("model=tiny", "dataset=synthetic", "dataset.train_size=64", "dataset.test_size=32", "dataset.size=8")
     here = ("budget=smoke", "device=cpu", "threads=1", "checkpoint_seconds=1e9")
-    return resolve(compose([f"method={name}", *data, *here, *words]))
-
-
-def config_of(name: str, *words: str) -> dict[str, Any]:
-    return deepcopy(_config_of(name, *words))
+    return yamls.config_of(f"method={name}", *data, *here, *words)
 
 
 @dataclass
@@ -84,14 +76,12 @@ def widths(spec: dict[str, Any]) -> list[float]:
     return sorted({spec["default"], lo, hi, *([2] if bits.allows(spec, 2) else [])})
 
 
-@cache
-def method_node(name: str) -> dict[str, Any]:
-    return next(m for m in catalog.methods() if m["name"] == name)
+NODES = {m["name"]: m for m in catalog.methods()}
 
 
 def width_cases() -> Iterator[tuple[str, float, float]]:
     for name in NAMES:
-        node = method_node(name)
+        node = NODES[name]
         w, a = widths(node["w_bits"]), widths(node["a_bits"])
         cells = [(w[min(i, len(w) - 1)], a[min(i, len(a) - 1)]) for i in range(max(len(w), len(a)))]
         cells += [(bits.FLOAT, a[0])] if node["w_bits"].get("float") else []
@@ -422,9 +412,9 @@ def test_the_float_parents_checkpoint_loads(name: str, tmp_path: Path) -> None:
     assert eval_logits(model, x).equal(eval_logits(parent, x))
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if method_node(n).get("w_bits", {}).get("float")])
+@pytest.mark.parametrize("name", [n for n in NAMES if NODES[n].get("w_bits", {}).get("float")])
 def test_thirty_two_bits_leave_the_net_in_float(name: str, tmp_path: Path) -> None:
-    node = method_node(name)
+    node = NODES[name]
     a_bits = 32 if bits.allows(node["a_bits"], 32) else node["a_bits"]["default"]
     case = build(config_of(name, "w_bits=32", f"a_bits={a_bits}"), tmp_path)
     quantized = {n: q.bits for n, layer in weight_layers(case.model).items() if (q := layer.weight_quantizer)}

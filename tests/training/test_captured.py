@@ -10,6 +10,7 @@ import pytest
 import torch
 from imitation import Imitation, OnDevice
 from torch import Tensor, nn
+from yamls import config_of
 
 from qbench import kernels
 from qbench.cli.overrides import resolve_row
@@ -65,7 +66,7 @@ def trainer(
     data = ["model=tiny", "dataset=synthetic", "dataset.train_size=40", "dataset.test_size=16", "dataset.size=8"]
     base = [*data, "budget=smoke", "train.batch_size=8", f"train.steps={steps}", *SCHEDULE, "device=cpu"]
     taken = {w.partition("=")[0] for w in words}
-    config = resolve_row([*(w for w in base if w.partition("=")[0] not in taken), *words])
+    config = config_of(*(w for w in base if w.partition("=")[0] not in taken), *words)
     config |= {"init": "scratch", "checkpoint_seconds": 1e9}  # calibrated on batch statistics
     data, teachers = load(config["dataset"]), []
 
