@@ -50,7 +50,7 @@ RESULT_SHAPE: dict[str, Any] = {
     **dict.fromkeys(("accuracy_before_training", "epochs?", "seconds_total?", "images_per_s?"), OPEN),
     **dict.fromkeys(("code?", "version?", "torch?", "device?", "kernels?", "precision?", "weights_sha256?"), str),
     **dict.fromkeys(("seed", "bytes"), int),
-    "identity": {"data": DATA},
+    "identity": {"data": DATA, "method?": {"rules?": list}},
     "files?": Each(str),
 }
 CONFIG_SHAPE: dict[str, Any] = {

@@ -19,7 +19,8 @@ from qbench.config.identity import digest, folder_name, identity, parent_of
 from qbench.config.recipe import Recipe
 from qbench.errors import UserError
 from qbench.files import atomic_write
-from qbench.papers import results
+from qbench.papers import cards, results
+from qbench.papers.study import words_of
 from qbench.records import read_config, read_result
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"

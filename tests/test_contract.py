@@ -188,6 +188,7 @@ def _groups(hat: Tensor, granularity: str) -> Tensor:
 @pytest.mark.parametrize(("name", "w_bits", "a_bits"), list(width_cases()))
 def test_bits_mean_levels(name: str, w_bits: float, a_bits: float, tmp_path: Path) -> None:
     case = build(config_of(name, f"w_bits={w_bits}", f"a_bits={a_bits}", *WITH.get((name, w_bits), ())), tmp_path)
+    case.model.eval()  # a grid is that of evaluation
     layers = weight_layers(case.model)
     manifest = surgery.manifest(case.model, case.kept)
     assert set(manifest["weights"]) == {n for n, _ in case.model.named_parameters()}
@@ -237,6 +238,7 @@ def _activation_outputs(case: Case) -> dict[str, tuple[Quantizer, Tensor]]:
 
 
 def test_quantizing_twice_changes_nothing_where_the_paper_is_idempotent(case: Case) -> None:
+    case.model.eval()
     for name, layer in weight_layers(case.model).items():
         q = layer.weight_quantizer
         assert q is not None

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from qbench.config import catalog
+
 ROOT = Path(__file__).resolve().parent.parent
 TRIAL = ("method=pact", "bits=4", "budget=smoke", "model=tiny", "dataset=synthetic")
 # Split so that this file does not match itself.
@@ -113,6 +115,10 @@ def test_what_the_pages_tell_to_make_can_be_made() -> None:
     assert told >= {"install", "test"}
     cards = {path.stem.replace("_", "-") for path in (ROOT / "conf" / "paper").glob("*.yaml")}
     assert told <= set(targets()) | cards
+
+
+def test_the_readme_lists_the_methods_that_there_are() -> None:
+    assert catalog.table() in (ROOT / "README.md").read_text(), "`qbench list format=md` makes it"
 
 
 def tracked() -> list[Path]:

@@ -1,6 +1,8 @@
-"""scripts/xnor_k.py: the parts of K, and how the inputs' strength varies; scripts/attack.py: damage is noticed."""
+"""scripts/xnor_k.py: the parts of K, and how the inputs' strength varies; scripts/attack.py: damage is noticed;
+scripts/rekey.py: results keep their names."""
 
 import importlib.util
+import json
 import random
 from pathlib import Path
 from types import ModuleType
@@ -10,11 +12,14 @@ import pytest
 import torch
 from torch import nn
 
+from qbench.cli.overrides import resolve_row
+from qbench.config.identity import digest, identity, parent_of
 from qbench.errors import UserError
 from qbench.figures import report
 from qbench.methods.shared.binary import Sign
 from qbench.methods.xnor import XnorLayer
-from qbench.records import read_result
+from qbench.papers import results
+from qbench.records import read_config, read_result
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -93,3 +98,49 @@ def test_a_damaged_result_of_old_is_refused_by_name_or_shown(tmp_path: Path) -> 
 @pytest.mark.slow
 def test_attacks_on_every_file_come_to_nothing(tmp_path: Path) -> None:
     assert load("attack").attack_all(attacks=8, seed=1, only=set()) == 0
+
+
+# scripts/rekey.py
+
+
+@pytest.fixture
+def rekey() -> Any:
+    return load("rekey")
+
+
+def test_a_run_that_is_said_in_other_words_is_the_same_run(rekey: Any) -> None:
+    old = resolve_row(["method=pact", "bits=4"])
+    new = json.loads(json.dumps(old))  # tuples are lists in a file
+    new["method"]["rules"] = []
+    del new["dataset"]["preprocess"]
+    assert rekey.difference(old, new) == []
+    new["train"]["optimizer"] = "qbench.methods.bnn.ShiftAdaMax"
+    moved = {**new, "train": {**new["train"], "optimizer": "qbench.elsewhere.ShiftAdaMax"}}
+    assert rekey.difference(new, moved) == []
+    assert rekey.difference(old, new) == ["train.optimizer: None -> ShiftAdaMax"]
+    detached = {**old, "options": {**old["options"], "detach": True}}
+    assert rekey.difference(old, detached) == ["options.detach: False -> True"]
+
+
+def test_a_committed_run_has_the_name_that_its_words_give_today(rekey: Any) -> None:
+    for path in rekey.RESULTS.rglob("result.json"):
+        result, config = read_result(path), read_config(path.parent)
+        new = rekey.today(config)
+        assert rekey.difference(config, new) == []
+        data = result["identity"]["data"]
+        parent = digest(identity(parent_of(new), data, "scratch"))
+        whole = identity(new, data, f"float {parent}" if config["init"] == "float" else "scratch")
+        assert digest(whole) == result["key"]
+        assert path.parent.name.endswith(result["key"])
+
+
+@pytest.mark.slow
+def test_a_checkout_has_nothing_to_rename_against_itself(rekey: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    earlier = sum(e["earlier"] for f in rekey.RESULTS.iterdir() if f.is_dir() for e in results.read(f).entries)
+    assert rekey.main([str(ROOT)]) == 0
+    assert capsys.readouterr().out.count("of earlier code already") == earlier
+
+
+def test_what_is_no_checkout_is_answered(rekey: Any, tmp_path: Path) -> None:
+    assert rekey.main([str(tmp_path)]) == 2
+    assert rekey.main([]) == 2

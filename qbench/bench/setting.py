@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qbench import kernels
 from qbench.cli.overrides import resolve_row
 from qbench.data import DataSet, load
 from qbench.models.parts import ShortcutA
@@ -62,8 +63,6 @@ class Setting:
 
 def use_kernels(mode: str) -> str:
     """Switch to a tier of kernels; returns its name on the page: compiler, compile or torch."""
-    from qbench import kernels
-
     tier = kernels.use(mode)
     return TIERS.get(tier, tier)
 

@@ -87,7 +87,9 @@ def _dispatch(args: list[str]) -> int:
         print(f"qbench {__version__}")
         return 0
     if args[0] == "list":
-        print(catalog.listing())
+        if args[1:] not in ([], ["format=md"]):
+            raise UserError(f"qbench list takes nothing, or format=md, got {' '.join(args[1:])}")
+        print(catalog.table() if args[1:] else catalog.listing())
         return 0
     if args[0] in ("table", "compare"):
         return _table(args[1:]) if args[0] == "table" else _compare(args[1:])

@@ -18,6 +18,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+from qbench.config.identity import digest
 from qbench.errors import UserError
 from qbench.figures import report
 from qbench.files import atomic_write
@@ -201,7 +202,6 @@ def table(folder: Path) -> int:
 
 def _leave(notes: list[dict[str, Any]], results: list[dict[str, Any]], others: list[list[str]]) -> None:
     """The table as text, csv and json and one picture, in the sweep's out folder, named by its words."""
-    from qbench.config.identity import digest
     from qbench.figures.sweep_plot import sweep
 
     base = Path(notes[0]["out"]) / f"sweep-{digest([n['overrides'] for n in notes])}"

@@ -38,7 +38,8 @@ command is wrong; 124 out of time; 130 stopped by Ctrl-C or SIGTERM (124 and 130
 # By command.
 HELP = {
     "list": """\
-qbench list                     methods (with the bits they take), models, data sets and budgets, one a line
+qbench list [format=md]         methods (with the bits they take), models, data sets and budgets, one a line;
+                                format=md: the methods as the README has them
 """,
     "table": """\
 qbench table [DIR] [format=text]        one row for each setting of the results below DIR (outputs), seeds as mean ± std

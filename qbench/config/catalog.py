@@ -93,6 +93,20 @@ def about(method: str) -> str:
     return "\n".join([*lines, "", own])
 
 
+def table() -> str:
+    """The methods as a table in Markdown, for the README: `qbench list format=md`."""
+    lines = ["| family | `method=` | what it does | paper |", "| --- | --- | --- | --- |"]
+    family = ""
+    for method in methods():
+        if method["name"] == "float":
+            continue
+        shown, family = "" if method["family"] == family else method["family"], method["family"]
+        arxiv = method.get("arxiv")
+        paper = f"[{arxiv}](https://arxiv.org/abs/{arxiv})" if arxiv else ""
+        lines.append(f"| {shown} | `{method['name']}` | {method['summary']} | {paper} |")
+    return "\n".join(lines)
+
+
 def listing() -> str:
     """What `qbench list` prints."""
     lines = ["METHODS (method=)"]

@@ -137,7 +137,8 @@ def varies(groups: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]
 
 def misnamed(result: Mapping[str, Any]) -> str:
     """Where no rule gives weights the bits that the run is named by: what they have instead; else nothing."""
-    rules = result.get("identity", {}).get("method", {}).get("rules", [])
+    found = result.get("identity", {}).get("method", {}).get("rules", [])
+    rules = [r for r in found if isinstance(r, Mapping)]
     slots = [r[k] for r in rules for k in ("weight", "replace") if isinstance(r.get(k), Mapping)]
     widths = {r["weight"].get("bits") for r in rules if isinstance(r.get("weight"), Mapping)}
     named = result["w_bits"]

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from qbench.config.identity import digest, identity, parent_of
 from qbench.errors import UserError
 from qbench.papers.cards import Card, Row
 from qbench.records import (
@@ -195,8 +196,6 @@ def key_of(config: Mapping[str, Any], data: Mapping[str, Any], split: Mapping[st
     None where the data are not those of `config`: name, augmentation, mean, std or `split` differ, the images'
     checksum is all that has to be taken from there. It saves loading the data, which `training.run.prepare` does.
     """
-    from qbench.config.identity import digest, identity, parent_of
-
     dataset = config["dataset"]
     asked: dict[str, Any] = {k: [*dataset[k]] for k in ("mean", "std") if dataset.get(k) is not None}
     asked |= {k: dataset[k] for k in ("name", "augment")}

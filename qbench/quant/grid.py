@@ -1,8 +1,8 @@
 """The grids that quantizers put tensors on: equal steps, a table of values, or sums of +-coefficients.
 
 A grid holds tensors that broadcast against the tensor that is quantized: one number, one of each channel, group or
-image. It turns integer codes into values, and values that lie on it back into their codes. `affine`, `signs`, `planes`
-and `book` make one; a scale is given as
+image. It turns integer codes into values, and values that lie on it back into their codes. `affine`, `signs`, `planes`,
+`book` and `multiples` make one; a scale is given as
   a tensor: stored beside the codes
   a number: a constant of the method, which nothing stores
   None:     the scale is one of the tensor's own (its mean, say), and no tensor is at hand: 1 stands for it, and the
@@ -127,6 +127,7 @@ class Book(Grid):
     table: Tensor
     shape: tuple[int, ...] = ()
     fixed: tuple[int, ...] = ()  # codes whose values are constants of the method
+    scale: Tensor | None = None  # where all values are constants of the method times this, which is stored for them
 
     def values(self, codes: Tensor) -> Tensor:
         if not self.shape:
@@ -141,6 +142,8 @@ class Book(Grid):
         return _nearest(self.table.unbind(-2), blocks, vectors=True)
 
     def tables(self, encoder: bool = False) -> dict[str, Part]:
+        if self.scale is not None:
+            return {} if "scale" in self.constants else {"scale": Part(self.scale)}
         stored = [code for code in range(self.hi + 1) if code not in self.fixed]
         return {"table": Part(self.table[..., stored, :] if self.shape else self.table[..., stored])}
 
@@ -219,6 +222,14 @@ def book(table: Tensor, shape: Sequence[int] = (), fixed: Sequence[int] = ()) ->
             raise ValueError(f"a channel of {weights} weights is no whole number of blocks of {block}")
     values = table.shape[-2 if shape else -1]
     return Book(table=table.detach(), shape=tuple(shape), fixed=tuple(fixed), lo=0, hi=values - 1)
+
+
+def multiples(scale: Scale, values: Sequence[float]) -> Book:
+    """Codes 0..values - 1, value = values[code] * scale: a book whose values are constants of the method."""
+    known = _tensor(scale, None)
+    table = known.unsqueeze(-1) * torch.tensor(values, device=known.device)
+    constants = ("scale",) if isinstance(scale, float | int) else ()
+    return Book(table=table, scale=known, lo=0, hi=len(values) - 1, dynamic=scale is None, constants=constants)
 
 
 def planes(coefficients: Scale, thresholds: Tensor | float | None = None, pruned: bool = False, q: int = 1) -> Planes:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qbench.quant.grid import Grid, affine, book, planes, signs
+from qbench.quant.grid import Grid, affine, book, multiples, planes, signs
 
 
 def stored(grid: Grid, encoder: bool = False) -> dict[str, int]:
@@ -101,6 +101,17 @@ def test_pruned_weights_have_a_code_of_their_own() -> None:
     assert back(grid, torch.tensor([0, 1, 2])).tolist() == [0, 1, 2]
     assert grid.split(torch.tensor([0, 1, 2])).tolist() == [[-1, 1, 0]]
     assert (grid.levels, grid.width) == (3, 2)
+
+
+def test_multiples_of_a_scale() -> None:
+    grid, codes = multiples(torch.tensor([[0.5], [2.0]]), [-1.0, 0.0, 0.25, 1.0]), torch.tensor([[0, 3], [2, 1]])
+    assert grid.values(codes).tolist() == [[-0.5, 0.5], [0.5, 0.0]]
+    assert back(grid, codes).tolist() == codes.tolist()
+    assert (grid.levels, grid.width) == (4, 2)
+    assert [end.flatten().tolist() for end in grid.ends()] == [[-0.5, -2], [0.5, 2]]
+    assert stored(grid) == {"scale": 64}
+    assert multiples(0.5, [0.0, 1.0]).tables() == {}
+    assert multiples(None, [0.0, 1.0]).dynamic
 
 
 def test_book() -> None:
