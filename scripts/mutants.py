@@ -27,7 +27,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,41 +185,48 @@ def forked(run: Callable[[], int], seconds: float) -> int | None:
     return status
 
 
-def tested(words: list[str], seconds: float) -> int | None:
-    """pytest's status: 0 where all tests pass."""
-    own = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow and not gpu"]
+class Failed:
+    """Notes the tests that fail, one a line of `path`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            with self.path.open("a") as file:
+                file.write(f"{report.nodeid}\n")
+
+
+def pytest_status(words: list[str], seconds: float, plugins: Sequence[object] = ()) -> int | None:
+    """pytest's status: 0 where all tests pass, 1 where one fails; None where the time is over."""
+    own = ["-q", "-p", "no:cacheprovider", "-m", "not slow and not gpu"]
     own += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # plugins were imported before: see preload
-    return forked(lambda: int(pytest.main([*own, *words])), seconds)
-
-
-def noticed(words: list[str], seconds: float) -> bool | None:
-    """Whether a test fails; None where the time is over."""
-    status = tested(words, seconds)
+    status = forked(lambda: int(pytest.main([*own, *words], plugins=plugins)), seconds)
     if status == 4:
         raise SystemExit(f"pytest does not understand {words}")
-    return status if status is None else status not in (0, 5)  # 5: all of it is for a GPU, say
+    return status
 
 
-def passing(words: list[str], most: float, times: float = 5, least: float = 10) -> float | None:
-    """The time limit of tests, from what they take without a fault; None where they fail or take too long."""
-    started = time.monotonic()
-    fails = noticed(words, most)
-    if fails is False:
-        return least + times * (time.monotonic() - started)
-    print(f"  left out: {' '.join(words)} {'fails as it is' if fails else f'takes more than {most:g} s'}", flush=True)
-    return None
+def passing(words: list[str], most: float) -> tuple[list[str], float]:
+    """(words for those of the tests that pass without a fault, their time limit); none where they take too long."""
+    started, failed = time.monotonic(), Path("failed.txt").resolve()
+    failed.write_text("")
+    if pytest_status(words, most, [Failed(failed)]) is None:
+        print(f"  left out: {' '.join(words)} takes more than {most:g} s", flush=True)
+        return [], 0.0
+    names = failed.read_text().splitlines()
+    for name in names:
+        print(f"  left out: {name} fails as it is", flush=True)
+    return [*words, *(f"--deselect={name}" for name in names)], 10 + 5 * (time.monotonic() - started)
 
 
 def rounds(module: str, more: list[str], most: float) -> list[tuple[list[str], float]]:
     """[(words for pytest, time limit)]: the tests that concern a module, fastest first, and QUICK."""
-    limits = {f: passing([f], most) for f in dict.fromkeys([*concerned(module), *more])}
-    files = sorted((f for f, limit in limits.items() if limit), key=lambda f: limits[f] or 0)
-    found = [(files, sum(limits[f] or 0 for f in files))] if files else []
-    if Path(QUICK[0]).is_file() and (limit := passing(QUICK, 600)):
-        found.append((QUICK, limit))
-    if not found:
-        raise SystemExit(f"no test that passes concerns {module}")
-    return found
+    found = sorted((passing([f], most) for f in dict.fromkeys([*concerned(module), *more])), key=lambda pair: pair[1])
+    found += [passing(QUICK, 600)] if Path(QUICK[0]).is_file() else []
+    if not any(words for words, _ in found):
+        raise SystemExit(f"no test concerns {module}")
+    return [(words, limit) for words, limit in found if words]
 
 
 def attack(module: str, more: list[str], options: dict[str, int]) -> int:
@@ -238,9 +245,10 @@ def attack(module: str, more: list[str], options: dict[str, int]) -> int:
     with writing_no_bytecode():
         for fault in (found[i] for i in drawn):
             path.write_text(fault.planted(tree))
-            found_out = next((f for words, limit in trials if (f := noticed(words, limit)) is not False), False)
-            late += found_out is None
-            if found_out is False:
+            statuses = (pytest_status(["-x", *words], limit) for words, limit in trials)
+            noticed = next((s for s in statuses if s not in (0, 5)), 0)  # 5: all tests of a file are for a GPU
+            late += noticed is None
+            if noticed == 0:
                 survived += 1
                 print(f"  survived, {fault.told()}", flush=True)
     path.write_text(whole)
