@@ -9,7 +9,7 @@ CHECKS = {"approx", "tolist", "equal", "allclose"}
 def computing_tests(source: str, wanted: set[str]) -> list[str]:
     """The names of the test functions of `source` that hold a check of numbers and call one of `wanted`.
 
-    A call is one by name or of a member (`LSQ(...)`, `LSQ.apply(...)`), or a name handed to another call
+    A call is one by name or of a member (`LSQ(...)`, `lsq.LSQ(...)`, `LSQ.apply(...)`), or a name handed to another call
     (`partial(LSQ, ...)`), in the test itself or in what it uses of the file: functions, fixtures, module constants. A
     check is `assert_close`, or an assertion that calls one of CHECKS. A text counts too: the path of a file that the
     test reads.
@@ -48,8 +48,8 @@ def used(node: ast.stmt) -> Iterator[str]:
     for call in (n for n in ast.walk(node) if isinstance(n, ast.Call)):
         owner = call.func.value if isinstance(call.func, ast.Attribute) else None
         for part in (call.func, owner, *call.args, *(k.value for k in call.keywords)):
-            if isinstance(part, ast.Name):
-                yield part.id
+            if isinstance(part, ast.Name | ast.Attribute):
+                yield part.id if isinstance(part, ast.Name) else part.attr
             elif isinstance(part, ast.Constant) and isinstance(part.value, str):
                 yield part.value
 

@@ -20,13 +20,16 @@ def test_by_a_helper():
 def test_by_a_fixture(q):
     assert q(x).item() == pytest.approx(0.3)
 
+def test_by_its_module():
+    assert lsq.LSQ(None, "weight")(x).tolist() == [1, 0]
+
 def test_handed_over():
     assert torch.equal(surgery(partial(LSQ, bits=2)), y)
 """
 
 
 def test_numbers_that_come_from_the_class_count() -> None:
-    names = ["test_direct", "test_by_a_helper", "test_by_a_fixture", "test_handed_over"]
+    names = ["test_direct", "test_by_a_helper", "test_by_a_fixture", "test_by_its_module", "test_handed_over"]
     assert computing_tests(WHOLE, {"LSQ"}) == names
     assert computing_tests(WHOLE, {"PACT"}) == []
 

@@ -1,5 +1,6 @@
 """What conf/ holds, read without Hydra or torch: names, one line each, where a paper is."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from qbench.errors import UserError, unknown
 
 GROUPS = ("method", "model", "dataset", "budget")
 FAMILIES = ("float", "ptq", "qat", "fixed-point", "binary", "flexor")
+NEEDED = ("name", "title", "family", "summary", "w_bits", "a_bits", "init")  # what no method's YAML goes without
 
 
 def conf_folder() -> Path:
@@ -51,14 +53,24 @@ def methods() -> list[dict[str, Any]]:
     found = []
     for name in names("method"):
         if name not in skip:
-            method = _read("method", name)["method"]
-            missing = [k for k in ("name", "title", "family", "summary") if not method.get(k)]
-            if missing:
-                raise UserError(f"{name}.yaml: method.{missing[0]} is missing")
-            if method["family"] not in FAMILIES:
-                raise unknown(f"method.family in {name}.yaml", method["family"], FAMILIES)
-            found.append(method)
+            found.append(check_method(_read("method", name).get("method"), f"{name}.yaml"))
     return sorted(found, key=lambda m: (FAMILIES.index(m["family"]), m["name"]))
+
+
+def check_method(method: Mapping[str, Any] | None, where: str) -> dict[str, Any]:
+    """The `method` node of a YAML, if it holds what every method must.
+
+    Errors: UserError naming the file and what it lacks.
+    """
+    if missing := [k for k in NEEDED if not (method or {}).get(k)]:
+        raise UserError(
+            f"{where}: method.{missing[0]} is missing; CONTRIBUTING.md shows a whole file, which begins with the line "
+            f"'# @package _global_' and holds 'method:' and 'options:'"
+        )
+    assert method is not None
+    if method["family"] not in FAMILIES:
+        raise unknown(f"method.family in {where}", method["family"], FAMILIES)
+    return dict(method)
 
 
 def remark(group: str, name: str, word: str) -> str:
@@ -75,7 +87,7 @@ def about(method: str) -> str:
     if method not in names("method"):
         raise unknown("method", method, names("method"))
     name = _target(method)
-    found = _read("method", name)["method"]
+    found = check_method(_read("method", name).get("method"), f"{name}.yaml")
     paper = f" (arXiv {found['arxiv']})" if found.get("arxiv") else ""
     lines = [f"method={name}: {found['summary']}", f"  {found['title']}{paper}"]
     for word, of in (("w_bits", "weights"), ("a_bits", "activations")):

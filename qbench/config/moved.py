@@ -8,6 +8,8 @@ MOVED = {
     "qbench.hooks": "qbench.quant.hooks",
     "qbench.layers": "qbench.quant.layers",
     "qbench.method": "qbench.quant.method",
+    "qbench.methods.lsq": "qbench.methods.shared.lsq",
+    "qbench.methods.ptq": "qbench.methods.shared.fold",
     "qbench.quantizers": "qbench.quant.fixed_point",
     "qbench.quantizers.DoReFaWeight": "qbench.methods.shared.dorefa_weight.DoReFaWeight",
     "qbench.uniform": "qbench.quant.uniform",

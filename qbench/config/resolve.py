@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from qbench.config import bits, options
+from qbench.config.catalog import check_method
 from qbench.config.identity import mark, neutral
 from qbench.config.recipe import OPTIMIZERS, Recipe, merge, optimizer_class, unread
 from qbench.config.stages import lengths, listed
@@ -31,6 +32,7 @@ def resolve(config: DictConfig) -> dict[str, Any]:
     """
     raw = OmegaConf.to_container(config.method, resolve=False)
     assert isinstance(raw, dict)
+    check_method(raw, f"{raw['name']}.yaml" if raw.get("name") else "the method's YAML")  # type: ignore[arg-type]
     try:
         config.w_bits, config.a_bits = bits.resolve(raw, config.bits, config.w_bits, config.a_bits)  # type: ignore[arg-type]
     except UserError as error:
@@ -75,6 +77,8 @@ def _training(
     every = budgets.get("every") or {}
     if budget["name"] == "paper":
         recipe = method.get("recipe") or {}
+        if not recipe and method["family"] != "float":
+            raise UserError(f"method={method['name']} names no recipe of its paper (method.recipe) for budget=paper")
         by_bits = {float(k): v for k, v in (recipe.get("by_bits") or {}).items()}.get(w_bits, {})
         return [every], _without({**recipe, **by_bits}, ("init", "model", "by_bits"))
     own = budgets.get(budget["name"]) or {}

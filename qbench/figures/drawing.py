@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qbench.errors import UserError
+from qbench.figures.report import width
 from qbench.files import atomic_write
 from qbench.records import METRICS, RESULT, read_metrics, read_result
 
@@ -91,7 +92,7 @@ def title_of(result: Mapping[str, Any]) -> str:
     """`pact W4/A4, resnet20 on cifar10, budget short, seed 0`, as far as it is known."""
     if not result:
         return "run not finished"
-    bits = "/".join(f"{s}{result[k]:g}" for s, k in (("W", "w_bits"), ("A", "a_bits")) if result.get(k) is not None)
+    bits = "/".join(f"{s.upper()}{width(result, s)}" for s in ("w", "a") if result.get(f"{s}_bits") is not None)
     subject = " on ".join(str(result[key]) for key in ("model", "dataset") if result.get(key) is not None)
     parts = [f"{result.get('method', '')} {bits}".strip(), subject]
     parts += [f"{key} {result[key]}" for key in ("budget", "seed") if result.get(key) is not None]

@@ -32,6 +32,7 @@ ACCURACIES = {
     "after": "accuracy_last",
     "best": "accuracy_best",
 }
+LEARNED = ("w_bits_learned", "a_bits_learned", "bits_per_weight", "bytes")  # each seed may learn its own
 AXES = ("method", "w_bits", "a_bits", "model", "dataset", "budget", "protocol", "init")
 
 
@@ -40,10 +41,17 @@ def percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
+def width(result: Mapping[str, Any], site: str) -> str:
+    """The bits of a run's weights ('w') or activations ('a') in a table: '4' as asked for, '4.3*' as learned."""
+    learned = result.get(f"{site}_bits_learned")
+    return f"{result[f'{site}_bits']:g}" if learned is None else f"{learned:.1f}*"
+
+
 def tell(folder: Path, result: Mapping[str, Any], line: Callable[[str], None]) -> None:
     """The whole story of one run, a few lines."""
     line("")
-    line(f"  {result['method']}  W{result['w_bits']:g} A{result['a_bits']:g}  {result['model']}  {result['dataset']}")
+    widths = f"W{width(result, 'w')} A{width(result, 'a')}"
+    line(f"  {result['method']}  {widths}  {result['model']}  {result['dataset']}")
     after = percent(result["accuracy_last"])
     trained = result["epoch_best"] is not None
     if result["method"] == "float":
@@ -58,6 +66,10 @@ def tell(folder: Path, result: Mapping[str, Any], line: Callable[[str], None]) -
         )
     if trained:
         line(f"  best test epoch       {percent(result['accuracy_best']):>7} %   (epoch {result['epoch_best']:.4g})")
+    for site, what in (("w", "weights"), ("a", "activations")):
+        if f"{site}_bits_learned" in result:
+            learned, asked = result[f"{site}_bits_learned"], result[f"{site}_bits"]
+            line(f"  learned bits          {learned:>7.2f}     (mean of the {what}' codes; asked for: {asked:g})")
     line(
         f"  bits per weight       {result['bits_per_weight']:>7.2f}     (quantized layers, scales and padding counted)"
     )
@@ -110,6 +122,11 @@ def settings(results: Iterable[Mapping[str, Any]]) -> list[list[Mapping[str, Any
     return [*groups.values()]
 
 
+def _typical(group: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The first result of a setting, but the mean over its seeds of what each may have learned."""
+    return {**group[0], **{k: mean(r[k] for r in group) for k in LEARNED if k in group[0]}}
+
+
 def _decides(result: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in result.get("identity", {}).items() if k not in ("seed", "init", "teacher")}
 
@@ -157,12 +174,12 @@ def rows(results: Iterable[Mapping[str, Any]]) -> list[list[str]]:
     groups = settings(results)
     table = []
     for group, differs in zip(groups, varies(groups), strict=True):
-        r = group[0]
+        r = _typical(group)
         method = r["method"] if len(group) == 1 else f"{r['method']} ({len(group)} seeds)"
-        cells = [method, f"{r['w_bits']:g}/{r['a_bits']:g}", r["model"], r["dataset"], r["budget"]]
+        cells = [method, f"{width(r, 'w')}/{width(r, 'a')}", r["model"], r["dataset"], r["budget"]]
         cells += [_spread([g.get(key) for g in group]) for key in ACCURACIES.values()]
         told = ", ".join([*filter(None, [misnamed(r)]), *(f"{k}={digits(v)}" for k, v in differs.items())])
-        table.append([*cells, f"{r['bits_per_weight']:.2f}", f"{r['bytes']:,}", told])
+        table.append([*cells, f"{r['bits_per_weight']:.2f}", f"{round(r['bytes']):,}", told])
     return table
 
 
@@ -171,7 +188,7 @@ def records(results: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     groups = settings(results)
     return [
         {
-            **{k: g[0].get(k) for k in (*SHOWN, "bits_per_weight", "bytes")},
+            **{k: _typical(g).get(k) for k in (*SHOWN, *LEARNED)},
             "varies": differs,
             "seeds": [r.get("seed") for r in g],
             **{key: [r.get(key) for r in g] for key in ACCURACIES.values()},
@@ -200,7 +217,8 @@ def _text(lines: list[list[str]]) -> str:
         "  ".join(c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
         for line in lines
     ]
-    return "\n".join([text[0].rstrip(), "-" * len(text[0]), *(t.rstrip() for t in text[1:])])
+    notes = ["*: learned, the mean over the codes"] if any("*" in line[1] for line in lines) else []
+    return "\n".join([text[0].rstrip(), "-" * len(text[0]), *(t.rstrip() for t in text[1:]), *notes])
 
 
 def _csv(lines: list[list[str]]) -> str:
@@ -237,7 +255,7 @@ def flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 # What is compared, in this order: what was asked for, what came out, where and by what it was computed.
 ASKED = ("method", "w_bits", "a_bits", "model", "dataset", "budget", "protocol", "init", "seed", "options", "train")
-CAME = (*ACCURACIES.values(), "accuracy_at_best_val", "epoch_best", "val_best", "extra", "bits_per_weight", "bytes")
+CAME = (*ACCURACIES.values(), "accuracy_at_best_val", "epoch_best", "val_best", "extra", *LEARNED)
 WHERE = (
     "device",
     "threads",

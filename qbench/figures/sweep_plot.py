@@ -15,13 +15,16 @@ from qbench.figures.report import digits, settings, varies
 def sweep(path: Path, results: Iterable[Mapping[str, Any]], *, dpi: int = 150) -> Path | None:
     """Draws `path` from results of runs; None, and nothing is drawn, where no run has an accuracy.
 
-    Settings that share method, net and what varies make a line; widths (weights/activations) stand in ascending order.
+    Settings that share method, net and what varies make a line; widths (weights/activations) stand in ascending order,
+    as they were asked for where bits are learned.
     """
     groups = settings(results)
     lines: dict[str, dict[tuple[float, float], list[float]]] = {}
     for group, differs in zip(groups, varies(groups), strict=True):
         found = [r["accuracy_last"] for r in group if r.get("accuracy_last") is not None]
-        names = [group[0]["method"], *(f"{k}={digits(v)}" for k, v in differs.items())]
+        learned = any(f"{site}_bits_learned" in group[0] for site in "wa")
+        method = group[0]["method"] + learned * " (learned, from these bits)"
+        names = [method, *(f"{k}={digits(v)}" for k, v in differs.items())]
         if len({(g[0]["model"], g[0]["dataset"]) for g in groups}) > 1:
             names.insert(1, f"{group[0]['model']} on {group[0]['dataset']}")
         if found:

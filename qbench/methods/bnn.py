@@ -52,11 +52,6 @@ class BinaryActivation(Sign):
         return None if self.stochastic and self.training else super().kernel(shape)
 
 
-def ap2(x: Tensor) -> Tensor:
-    """The nearest power of two on a logarithmic scale, sign(x) 2^round(log2 |x|), 0 at 0: what a binary shift is by."""
-    return x.sign() * x.abs().log2().round().exp2()
-
-
 def batch_norm(layer: _BatchNorm, site: str, *, shift: bool) -> nn.Module:
     """`layer` itself, or its shift-based form."""
     return ShiftBatchNorm(layer) if shift else layer
@@ -69,11 +64,11 @@ class _Shift(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         mean = x.mean(1, keepdim=True)
         centered = x - mean
-        power = ap2(centered)
+        power = ops.ap2(centered)
         variance = (centered * power).mean(1, keepdim=True)
-        scale = ap2((variance + eps).rsqrt())
-        normal, gamma = centered * scale, ap2(weight)
-        ctx.save_for_backward(power, scale, gamma, ap2(normal))
+        scale = ops.ap2((variance + eps).rsqrt())
+        normal, gamma = centered * scale, ops.ap2(weight)
+        ctx.save_for_backward(power, scale, gamma, ops.ap2(normal))
         ctx.mark_non_differentiable(mean, variance)
         return gamma * normal + bias, mean, variance
 
@@ -113,8 +108,8 @@ class ShiftBatchNorm(_BatchNorm):
             self.running_mean.lerp_(mean[:, 0], self.momentum)  # type: ignore[arg-type]
             self.running_var.lerp_(variance[:, 0], self.momentum)  # type: ignore[arg-type]
         else:
-            scale = ap2((self.running_var + self.eps).rsqrt())[:, None]
-            y = ap2(weight) * (columns - self.running_mean[:, None]) * scale + bias
+            scale = ops.ap2((self.running_var + self.eps).rsqrt())[:, None]
+            y = ops.ap2(weight) * (columns - self.running_mean[:, None]) * scale + bias
         return y.unflatten(1, (len(x), *x.shape[2:])).transpose(0, 1).to(x.dtype)  # type: ignore[no-any-return]
 
 
@@ -154,5 +149,5 @@ class ShiftAdaMax(torch.optim.Optimizer):
                 state["step"] += 1
                 state["m"].lerp_(g, 1 - beta1)
                 state["v"] = torch.maximum(beta2 * state["v"], g.abs())
-                size = float(ap2(torch.tensor(group["lr"] / (1 - beta1 ** state["step"]))))
-                p.addcdiv_(state["m"], ap2(state["v"].clamp_min(group["eps"])), value=-size)
+                size = float(ops.ap2(torch.tensor(group["lr"] / (1 - beta1 ** state["step"]))))
+                p.addcdiv_(state["m"], ops.ap2(state["v"].clamp_min(group["eps"])), value=-size)

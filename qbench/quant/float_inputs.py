@@ -15,7 +15,7 @@ def _makes_a_grid(module: nn.Module) -> bool:
     return isinstance(module, Quantizer) or (isinstance(module, QuantLayer) and module.output_quantizer is not None)
 
 
-class _Tracer(fx.Tracer):
+class Tracer(fx.Tracer):
     """Sees layers, quantizers and every module without children as one node."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -38,7 +38,7 @@ def float_inputs(model: nn.Module, kept: dict[str, str]) -> dict[str, str]:
     all_layers = layers(model)
     open_ = {n: m for n, m in all_layers.items() if not (isinstance(m, QuantLayer) and m.input_quantizer is not None)}
     try:
-        graph = _Tracer().trace(model)
+        graph = Tracer().trace(model)
     except Exception as error:  # whatever a user's forward does with a tensor that has no values
         why = f"whether it reads quantized values is unknown: the net cannot be traced ({type(error).__name__})"
         return {name: kept.get(name, why) for name in open_}

@@ -74,8 +74,9 @@ class Grid(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Affine(Grid):
-    """value = (code - zero) * step.
+    """value = (code - zero) * step + offset.
 
+    zero: whole numbers in lo..hi, stored in the width of a code. offset: any number, stored in 32 bits; None: 0.
     view: the shape in which scales broadcast, where it is not the tensor's own: (n / 8, 8) with scales of (n / 8, 1)
     for groups of eight of its n numbers.
     """
@@ -83,12 +84,13 @@ class Affine(Grid):
     step: Tensor
     zero: Tensor
     view: tuple[int, ...] = ()
+    offset: Tensor | None = None
 
     def values(self, codes: Tensor) -> Tensor:
-        return ((self._seen(codes) - self.zero) * self.step).reshape(codes.shape)
+        return self._moved((self._seen(codes) - self.zero) * self.step).reshape(codes.shape)
 
     def codes(self, value: Tensor, source: Tensor) -> Tensor:
-        seen = self._seen(value)
+        seen = self._seen(value) if self.offset is None else self._seen(value) - self.offset
         place = torch.where(self.step == 0, self.zero.ceil(), seen / self.step + self.zero)  # no step: all are worth 0
         codes = torch.minimum(place.round().clamp_min(self.lo), torch.as_tensor(self.hi))
         return codes.to(torch.int32).reshape(value.shape)
@@ -102,16 +104,21 @@ class Affine(Grid):
     def _seen(self, x: Tensor) -> Tensor:
         return x.reshape(self.view) if self.view else x
 
+    def _moved(self, value: Tensor) -> Tensor:
+        return value if self.offset is None else value + self.offset
+
     def tables(self, encoder: bool = False) -> dict[str, Part]:
         found = {"step": Part(self.step)}
         if "zero" not in self.constants:
             found["zero"] = Part((self.zero - self.lo).to(torch.int32), self.width)
+        if self.offset is not None:
+            found["offset"] = Part(self.offset)
         if isinstance(self.width, Tensor):
             found["widths_less_1"] = Part(self.width - 1, 5)
         return {name: part for name, part in found.items() if name not in self.constants}
 
     def ends(self) -> tuple[Tensor, Tensor]:
-        return (self.lo - self.zero) * self.step, (self.hi - self.zero) * self.step
+        return self._moved((self.lo - self.zero) * self.step), self._moved((self.hi - self.zero) * self.step)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,12 +210,29 @@ class Planes(Grid):
         return found.amin(0), found.amax(0)
 
 
-def affine(step: Scale, lo: int, hi: int | Tensor, zero: Tensor | float = 0.0, view: Sequence[int] = ()) -> Affine:
-    """Codes lo..hi, value = (code - zero) * step; a `zero` that is a tensor holds whole numbers in lo..hi."""
+def affine(
+    step: Scale,
+    lo: int,
+    hi: int | Tensor,
+    zero: Tensor | float = 0.0,
+    view: Sequence[int] = (),
+    offset: Tensor | None = None,
+) -> Affine:
+    """Codes lo..hi, value = (code - zero) * step + offset.
+
+    A `zero` that is a tensor holds whole numbers in lo..hi; what moves the grid by any other amount is the `offset`.
+    """
     constants = [name for name, given in (("step", step), ("zero", zero)) if isinstance(given, float | int)]
-    step_, zero_ = _tensor(step, zero), _tensor(zero, step)
-    dynamic = step is None
-    return Affine(step=step_, zero=zero_, lo=lo, hi=hi, view=tuple(view), dynamic=dynamic, constants=tuple(constants))
+    return Affine(
+        step=_tensor(step, zero),
+        zero=_tensor(zero, step),
+        lo=lo,
+        hi=hi,
+        view=tuple(view),
+        offset=None if offset is None else offset.detach(),
+        dynamic=step is None,
+        constants=tuple(constants),
+    )
 
 
 def book(table: Tensor, shape: Sequence[int] = (), fixed: Sequence[int] = ()) -> Book:

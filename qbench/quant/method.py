@@ -20,7 +20,8 @@ class Rule:
     site).
     replace: a factory called with (module, 'replace') that makes the new module; the other sites then sit on it.
     channels: give it `channels=` too, the number of channels that reach the module (a ReLU does not know). keep: leave
-    it alone, with the reason shown in the manifest. optional: matching nothing is no error.
+    it alone, with the reason shown in the manifest. below: only modules of fewer weights than this. optional: matching
+    nothing is no error.
     """
 
     match: str = "*"
@@ -33,6 +34,7 @@ class Rule:
     replace: Factory | None = None
     channels: bool = False
     keep: str | None = None
+    below: int | None = None
     optional: bool = False
 
     def __post_init__(self) -> None:
@@ -182,7 +184,8 @@ class Method:
     the short budgets; recipe: what budget=paper means; budgets: what this method changes in the other budgets, `every`
     in all of them (its own loss or update rule). needs: model options used unless the user chose otherwise. stages: the
     phases of the training; none: one. param_groups: {match, weight_decay, lr_scale}, or with an optimizer and a rate of
-    their own {match, optimizer, lr, constant}. added: options that came later, with the value that changes nothing.
+    their own {match, optimizer, lr, constant}; `options` are what that optimizer alone knows. added: options that came
+    later, with the value that changes nothing.
     """
 
     name: str
@@ -211,6 +214,11 @@ class Method:
                 for i, p in enumerate(getattr(self, name) or ())
             ]
             object.__setattr__(self, name, tuple(parts))
+
+    @property
+    def only_acts(self) -> bool:
+        """Whether no stage trains by steps of an optimizer over the net: all of them act."""
+        return bool(self.stages) and all(stage.act is not None for stage in self.stages)
 
 
 def _made(kind: type, words: Mapping[str, Any], what: str) -> Any:

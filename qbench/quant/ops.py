@@ -181,6 +181,11 @@ def on_backward(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     return _OnBackward.apply(x, function)  # type: ignore[no-any-return]
 
 
+def ap2(x: Tensor) -> Tensor:
+    """The nearest power of two on a logarithmic scale, sign(x) 2^round(log2 |x|), 0 at 0: what a binary shift is by."""
+    return x.sign() * x.abs().log2().round().exp2()
+
+
 def stochastic_round(x: Tensor, generator: torch.Generator | None) -> Tensor:
     """floor(x + u), u ~ U[0, 1): unbiased, E = x; no gradient. The generator is explicit and checkpointed."""
     low = x.floor()

@@ -1,13 +1,14 @@
 """Turn a float net into a quantized one by rules; say what became of every tensor."""
 
-from collections.abc import Hashable, Sequence
+import math
+from collections.abc import Hashable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
-from qbench.quant.float_inputs import float_inputs, layers
+from qbench.quant.float_inputs import Tracer, float_inputs, layers
 from qbench.quant.layers import QuantLayer, quant_layers
 from qbench.quant.method import Rule
 from qbench.quant.packing import Part
@@ -18,16 +19,14 @@ def _is_kind(module: nn.Module, kind: str) -> bool:
     return any(fnmatchcase(type(module).__name__, k) for k in kind.split("|"))
 
 
-class _Tracer(fx.Tracer):
-    """Sees every module without children as one node, ours (Add) as well as torch's."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return super().is_leaf_module(m, module_qualified_name) or not any(True for _ in m.children())
+def _weights(module: nn.Module) -> int:
+    weight = getattr(module, "weight", None)
+    return weight.numel() if isinstance(weight, torch.Tensor) else 0
 
 
 def pairs(model: nn.Module) -> dict[str, str]:
     """{producer: consumer} for modules whose output only one other module reads, from the traced graph."""
-    graph = _Tracer().trace(model)
+    graph = Tracer().trace(model)
     found = {}
     for node in graph.nodes:
         if node.op == "call_module" and len(node.users) == 1:
@@ -40,7 +39,7 @@ def pairs(model: nn.Module) -> dict[str, str]:
 def channels(model: nn.Module) -> dict[str, int]:
     """{module: channels of its output}, from the traced graph: those of the last layer up to it that has any."""
     found: dict[str, int] = {}
-    for node in _Tracer().trace(model).nodes:
+    for node in Tracer().trace(model).nodes:
         if node.op == "call_module":
             module = model.get_submodule(str(node.target))
             own = [getattr(module, a) for a in ("out_channels", "out_features", "num_features") if hasattr(module, a)]
@@ -65,6 +64,8 @@ def matches(model: nn.Module, rules: Sequence[Rule]) -> dict[str, Rule]:
         )
         if hits is None:
             hits = [n for n in names if fnmatchcase(n, rule.match)]
+        if rule.below is not None:
+            hits = [n for n in hits if _weights(modules[n]) < rule.below]
         if rule.pair:
             hits = [n for n in hits if n in consumers and _is_kind(modules[consumers[n]], rule.pair)]
         if not hits and not rule.optional:
@@ -161,9 +162,9 @@ def manifest(model: nn.Module, kept: dict[str, str]) -> dict[str, Any]:
         weights[name] = entry
     activations = {name: q.describe() for name, q in activation_quantizers(model).items()}
     errors = {
-        name: layer.error_quantizer.describe()
-        for name, layer in quant_layers(model)
-        if layer.error_quantizer is not None
+        name: q.describe()
+        for name, m in model.named_modules()
+        if isinstance(q := getattr(m, "error_quantizer", None), Quantizer)  # of a layer, or of what replaced a ReLU
     }
     found = {"weights": weights, "activations": activations, "errors": errors, "size": size(model)}
     return found | {"float_inputs": float_inputs(model, kept), "layers": len(layers(model))}
@@ -203,6 +204,23 @@ def packed(model: nn.Module) -> dict[Hashable, Part]:
         if id(t) not in done and t.is_floating_point():
             found[name] = Part(t.detach())
     return found
+
+
+def learned_bits(model: nn.Module, method: Mapping[str, Any]) -> dict[str, float]:
+    """What the training made of the widths that `method`, the YAML's, calls learned: the mean of the quantizers' bits.
+
+    `w_bits_learned` is the mean over all quantized weights, `a_bits_learned` that over the activations' quantizers.
+    """
+    quantized = [(m.weight_quantizer, math.prod(m.weight_shape)) for _, m in quant_layers(model)]
+    seen = {
+        "w": [(q.bits, numel) for q, numel in quantized if q is not None],
+        "a": [(q.bits, 1) for q in activation_quantizers(model).values()],
+    }
+    return {
+        f"{site}_bits_learned": sum(bits * n for bits, n in found) / sum(n for _, n in found)
+        for site, found in seen.items()
+        if found and (method.get(f"{site}_bits") or {}).get("learned")
+    }
 
 
 def size(model: nn.Module) -> dict[str, float]:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from qbench.errors import UserError
-from qbench.training.optim import CAPTURABLE
+from qbench.training.optim import CAPTURABLE, recordable
 
 WARM = 3  # steps of each kind that run op by op first: they create the optimizer's state and choose the algorithms
 Step = Callable[[], Tensor]
@@ -126,7 +126,7 @@ def why_not(modules: Sequence[nn.Module], optimizers: Sequence[str], gpu: bool, 
         return "its workers exchange gradients (workers)"
     if compile:
         return "the net is compiled as a whole (compile=true)"
-    if strange := [name for name in optimizers if name not in CAPTURABLE]:
+    if strange := [name for name in optimizers if not recordable(name)]:
         return f"its optimizer {strange[0]} is none of {', '.join(CAPTURABLE)}"
     inside = [m for module in modules for m in module.modules()]
     return next((f"{type(m).__name__} {m.eager}" for m in inside if getattr(m, "eager", "")), "")

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from qbench.kernels.fuse import fuse
 from qbench.quant.layers import quantized_weights
+from qbench.quant.passes import calibrating
 from qbench.quant.surgery import activation_quantizers
 
 
@@ -51,26 +52,16 @@ def calibrate(
     A net that was never trained has no batch-norm statistics: with `scratch` it runs on those of the batch, and its
     buffers are put back afterwards.
     """
-    quantizers = activation_quantizers(model)
-    if not quantizers:
+    if not activation_quantizers(model):
         return
-    handles = []
-    for q in quantizers.values():
-        q.enabled = False
-        handles.append(q.register_forward_pre_hook(lambda module, args: module.calibrate(args[0].detach().float())))
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)] if scratch else []
     before = [(b, b.clone()) for m in norms for b in m.buffers(recurse=False)]
     model.train(scratch)
-    with torch.no_grad(), autocast(device, precision), quantized_weights(model):
+    with calibrating(model), torch.no_grad(), autocast(device, precision), quantized_weights(model):
         for x, _ in batches:
             model(x)
-    for handle in handles:
-        handle.remove()
     for buffer, was in before:
         buffer.copy_(was)
-    for q in quantizers.values():
-        q.finish_calibration()
-        q.enabled = True
 
 
 def evaluate(model: nn.Module, batches: Batches, device: torch.device, precision: str) -> tuple[float, float]:

@@ -20,7 +20,8 @@ def parameter_groups(model: nn.Module, hooks: Sequence[Hook], method: Method, re
     the method says.
 
     Each names its optimizer, its highest rate `top_lr` and whether the schedule leaves that `constant`, and its `turn`:
-    groups of a later turn are stepped after another pass over the same batch.
+    groups of a later turn are stepped after another pass over the same batch. `options` of a method's group are its
+    optimizer's own.
 
     Errors: ValueError when a method's pattern matches no parameter.
     """
@@ -41,7 +42,9 @@ def parameter_groups(model: nn.Module, hooks: Sequence[Hook], method: Method, re
                 decay = recipe.weight_decay if asked == "same" else float(asked)
                 break
         lr = float(own["lr"]) if own.get("lr") is not None else recipe.lr * own.get("lr_scale", 1.0)
-        key = own.get("optimizer") or recipe.optimizer, int(own.get("turn", 0)), decay, lr, bool(own.get("constant"))
+        options = tuple(sorted((own.get("options") or {}).items()))
+        rule = own.get("optimizer") or recipe.optimizer, int(own.get("turn", 0))
+        key = *rule, decay, lr, bool(own.get("constant")), options
         groups.setdefault(key, []).append(p)
     for i, group in enumerate(method.param_groups):
         if i not in used and not group.get("optional"):
@@ -49,8 +52,8 @@ def parameter_groups(model: nn.Module, hooks: Sequence[Hook], method: Method, re
                 f"parameter group '{group['match']}' of {method.name} matches none of: {[n for n, _ in named]}"
             )
     return [
-        {"params": ps, "optimizer": o, "turn": t, "weight_decay": d, "top_lr": lr, "constant": c}
-        for (o, t, d, lr, c), ps in groups.items()
+        {"params": ps, "optimizer": o, "turn": t, "weight_decay": d, "top_lr": lr, "constant": c, **dict(options)}
+        for (o, t, d, lr, c, options), ps in groups.items()
     ]
 
 
@@ -66,6 +69,14 @@ CAPTURABLE: dict[str, dict[str, Any]] = {
     "adam": {"fused": True, "capturable": True},
     "adamw": {"fused": True, "capturable": True},
 }
+
+
+def recordable(name: str) -> bool:
+    """Whether a step of this optimizer can be a part of a CUDA graph: one of CAPTURABLE, or a class that says so.
+
+    A class of one's own says it by `recorded = True`; then it gets its learning rate as a tensor.
+    """
+    return name in CAPTURABLE or bool(getattr(optimizer_class(name), "recorded", False))
 
 
 class Optimizers:
@@ -137,12 +148,12 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer that the recipe (or `name`) names, from torch.optim or by its dotted path.
 
-    On a CUDA `device` fused where torch has it. `capturable`: fit for a CUDA graph, one of `CAPTURABLE`.
+    On a CUDA `device` fused where torch has it. `capturable`: fit for a CUDA graph, one that is `recordable`.
     """
     name = name or recipe.optimizer
     cls, options = optimizer_class(name), optimizer_fields(recipe, name)
     if capturable:
-        options |= CAPTURABLE[name]
+        options |= CAPTURABLE.get(name, {})
         groups = [{**group, "lr": torch.tensor(recipe.lr, device=device)} for group in groups]
     elif device is not None and device.type == "cuda" and name in CAPTURABLE:
         options["fused"] = True

@@ -27,7 +27,7 @@ def summary(run: Run, model: nn.Module, outcome: trainer.Outcome) -> dict[str, A
     result = {k: config[k] for k in ("budget", "w_bits", "a_bits", "seed", "protocol", "init")}
     result |= {k: config[k]["name"] for k in ("method", "model", "dataset")}
     result |= vars(outcome)
-    result |= surgery.size(model)
+    result |= surgery.size(model) | surgery.learned_bits(model, config["method"])
     result |= {"weights_sha256": weights_sha256(model), "version": qbench.__version__, "torch": torch.__version__}
     result |= {"precision": config["train"]["precision"], "evaluated_in": trainer.REPORTED, "key": run.key}
     if "auto" in config:

@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from qbench.config.recipe import Recipe
-from qbench.quant.layers import quant_layers
-from qbench.quant.method import Method, Stage
-from qbench.quant.quantizer import Quantizer
-from qbench.quant.surgery import activation_quantizers
+from qbench.quant.method import SITES, Method, Stage
+from qbench.quant.passes import at_site
 
 
 @dataclass(frozen=True)
@@ -36,10 +34,6 @@ def parts(method: Method, recipe: Recipe, steps_per_epoch: int) -> list[Part]:
 
 def switch(model: nn.Module, sites: Sequence[str]) -> None:
     """Quantize at these sites and leave the others in float; a quantizer in place of a ReLU counts as 'input'."""
-    for q in activation_quantizers(model).values():
-        q.enabled = "input" in sites
-    for _, layer in quant_layers(model):
-        for site in ("weight", "output", "error"):
-            q = getattr(layer, f"{site}_quantizer")
-            if isinstance(q, Quantizer):
-                q.enabled = site in sites
+    for site in SITES:
+        for q in at_site(model, site):
+            q.enabled = site in sites

@@ -1,11 +1,13 @@
 """Every option of conf/config.yaml is declared, once, and every default is one of its own values."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
 
+from qbench.cli.overrides import check
 from qbench.config import catalog, options
 from qbench.config.kinds import seconds
 from qbench.config.recipe import DEFAULTS, FIELDS, KEYS, Recipe, merge, optimizer_fields, unread
@@ -99,3 +101,37 @@ def test_what_switches_a_field_off_asks_for_nothing() -> None:
     )
     assert "momentum=0.9" in unread({"momentum": 0.9}, adam)
     assert unread({"lr": 0.1, "betas": [0.9, 0.99], "weight_decay": 0.1}, adam) == ""
+
+
+FOO = (catalog.conf_folder().parent / "CONTRIBUTING.md").read_text().partition("```yaml\n")[2].partition("```")[0]
+
+
+def foo(folder: Path, text: str, *words: str) -> None:
+    """Check a command of a method whose YAML this is."""
+    (folder / "method").mkdir(exist_ok=True)
+    (folder / "method" / "foo.yaml").write_text(text)
+    check(["method=foo", *words], own=folder)
+
+
+@pytest.mark.parametrize("budget", ["demo", "paper"])
+def test_the_method_shown_in_contributing_is_whole(tmp_path: Path, budget: str) -> None:
+    foo(tmp_path, FOO, f"budget={budget}", "options.center=false")
+
+
+@pytest.mark.parametrize("lacks", catalog.NEEDED)
+def test_what_a_methods_yaml_lacks_is_named(tmp_path: Path, lacks: str) -> None:
+    text = "".join(line for line in FOO.splitlines(True) if not line.startswith(f"  {lacks}:"))
+    with pytest.raises(UserError, match=rf"method\.{lacks} is missing.*CONTRIBUTING"):
+        foo(tmp_path, text)
+
+
+def test_a_methods_yaml_without_its_first_line_is_told_of_it(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"method\.name is missing.*'# @package _global_'"):
+        foo(tmp_path, FOO.partition("\n")[2])
+
+
+def test_the_papers_budget_needs_a_recipe(tmp_path: Path) -> None:
+    text = "".join(line for line in FOO.splitlines(True) if not line.startswith("  recipe:"))
+    foo(tmp_path, text, "budget=short")
+    with pytest.raises(UserError, match=r"method=foo names no recipe of its paper \(method\.recipe\)"):
+        foo(tmp_path, text, "budget=paper")

@@ -8,7 +8,7 @@ from yamls import method_of
 
 from qbench.config.recipe import Recipe
 from qbench.methods.binaryconnect import BinaryConnect, OutputNorm
-from qbench.methods.bnn import BinaryActivation, ShiftAdaMax, ShiftBatchNorm, ap2
+from qbench.methods.bnn import BinaryActivation, ShiftAdaMax, ShiftBatchNorm
 from qbench.models.mlp import MLP
 from qbench.models.resnet import ResNetCIFAR
 from qbench.models.vgg_small import VGGSmall
@@ -49,13 +49,6 @@ def test_stochastic_signs_have_the_hard_sigmoids_probabilities() -> None:
 def test_errors() -> None:
     with pytest.raises(ValueError, match=r"1\.\.1, got 2"):
         make(bits=2)
-
-
-def test_ap2_is_the_nearest_power_of_two_of_the_logarithm() -> None:
-    """log2(1.4) = 0.49, log2(1.5) = 0.58; powers of two are themselves, 0 stays."""
-    assert ap2(torch.tensor([0.0, 1.4, -1.5, 3.0, 0.3])).tolist() == [0, 1, -2, 4, 0.25]
-    powers = torch.tensor([2.0**k for k in range(-100, 100)])
-    assert torch.equal(ap2(powers), powers)
 
 
 @pytest.mark.parametrize("shape", [(4, 1), (1, 1, 4), (2, 1, 2, 1)])

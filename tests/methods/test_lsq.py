@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from qbench.cli.overrides import resolve_row
-from qbench.methods.lsq import LSQ, SMALLEST
+from qbench.methods.shared.lsq import LSQ, SMALLEST
 from qbench.models.tiny import Tiny
 from qbench.quant.layers import QuantLayer
 from qbench.quant.method import Rule

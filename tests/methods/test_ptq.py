@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qbench.methods.ptq import fold
+from qbench.methods.shared.fold import fold
 from qbench.models.resnet import ResNetCIFAR
 from qbench.models.tiny import Tiny
 from qbench.quant import surgery

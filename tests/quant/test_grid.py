@@ -29,6 +29,14 @@ def test_affine() -> None:
     assert affine(1.0, 1, 255).width == 8
 
 
+def test_an_affine_grid_moved_by_an_offset() -> None:
+    grid, codes = affine(torch.tensor(0.5), -2, 1, offset=torch.tensor(-0.3)), torch.tensor([-2, -1, 0, 1])
+    assert grid.values(codes).tolist() == pytest.approx([-1.3, -0.8, -0.3, 0.2])
+    assert back(grid, codes).tolist() == codes.tolist()
+    assert [end.item() for end in grid.ends()] == pytest.approx([-1.3, 0.2])
+    assert stored(grid) == {"step": 32, "offset": 32}
+
+
 def test_widths_per_group() -> None:
     """Six weights in groups of two, of 2, 3 and 1 bits: each group with a step of its own."""
     zero, hi = torch.tensor([[2.0], [0.0], [0.0]]), torch.tensor([[3], [7], [1]])

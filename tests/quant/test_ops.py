@@ -180,3 +180,10 @@ def test_tanh_slope_by_hand() -> None:
         assert float(ops.tanh_slope(torch.zeros(()), torch.tensor(t))) == pytest.approx(at_zero)
     got = ops.tanh_slope(torch.tensor([0.1]), torch.tensor(10.0))
     torch.testing.assert_close(got, torch.tensor([10 * (1 - math.tanh(1) ** 2)]))
+
+
+def test_ap2_is_the_nearest_power_of_two_of_the_logarithm() -> None:
+    """log2(1.4) = 0.49, log2(1.5) = 0.58; powers of two are themselves, 0 stays."""
+    assert ops.ap2(torch.tensor([0.0, 1.4, -1.5, 3.0, 0.3])).tolist() == [0, 1, -2, 4, 0.25]
+    powers = torch.tensor([2.0**k for k in range(-100, 100)])
+    assert torch.equal(ops.ap2(powers), powers)

@@ -45,6 +45,7 @@ CASES |= {
     "dorefa, gradients": ("method=dorefa", "options.g_bits=6", "options.bound=abs"),
     "bnn, drawn": ("method=bnn", "options.stochastic=true"),
     "binaryconnect, drawn": ("method=binaryconnect", "options.stochastic=true"),
+    "diffq, gaussian": ("method=diffq", "options.noise=gaussian", "train.accumulate=2"),
     "gupta, adam": ("method=gupta", "train.optimizer=adam"),
     "ttq, sparse": ("method=ttq", "options.sparsity=0.3"),
     "twn, optimal": ("method=twn", "options.rule=optimal"),
@@ -55,6 +56,7 @@ CASES |= {
     ),
     "recu, released": ("method=recu", "options.scale=learned", "options.normalize=true"),
     "fda_bnn, whole": ("method=fda_bnn", "options.noise_forward=true"),
+    "lsq_plus, no offset": ("method=lsq_plus", "options.offset=false", "options.signed=true"),
     "distilled": ("method=lsq", "distill.weight=0.5"),
     "distilled, no labels": ("method=reactnet", "distill.weight=1"),
 }
@@ -82,9 +84,9 @@ def trainer(
 def state(loop: Trainer) -> dict[str, Tensor]:
     """Every tensor that a step may change."""
     found = {**loop.model.state_dict(), **{f"hooks.{k}": v for k, v in loop.hooks.state_dict().items()}}
-    (optimizer,) = loop.optimizer.state_dict()
-    for i, values in optimizer["state"].items():
-        found |= {f"optimizer.{i}.{k}": v for k, v in values.items()}
+    for n, optimizer in enumerate(loop.optimizer.state_dict()):
+        for i, values in optimizer["state"].items():
+            found |= {f"optimizer.{n}.{i}.{k}": v for k, v in values.items()}
     found |= {"losses": torch.stack(loop.losses), "correct": loop.correct, "random": loop.state.generator.get_state()}
     return {k: v.clone() for k, v in found.items() if isinstance(v, Tensor)}
 

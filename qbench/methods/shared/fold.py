@@ -1,4 +1,4 @@
-"""Post-training quantization: uniform grids, ranges from calibration, batch-norm folded first (arXiv 1806.08342)."""
+"""Batch-norm folded into the layer before it, once, before anything is quantized."""
 
 import torch
 from torch import nn
