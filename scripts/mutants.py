@@ -4,11 +4,11 @@
 
 Of all faults that can be planted into a module `count` are drawn by `seed` (count=0: all). Each is tried in a copy of
 the tree in which the script is run: the tests that concern the module run until one fails, or for five times as long
-as without the fault, which counts as noticed (an endless loop). These are the file that mirrors the module's path
-(qbench/quant/grid.py: tests/quant/test_grid.py), the files that import the module, but for those that take longer than
-`most` seconds, and `tests=FOLDER_OR_FILE` if more are named. Then QUICK, the contract of two methods. Whatever
-survives is told with its line; a survivor is a missing test, or a change that changes nothing. Exit status 1 where
-something survived.
+as without the fault, which counts as noticed (an endless loop). These are the files of the folder that mirrors the
+module's (qbench/quant/grid.py: tests/quant), those that import the module, but for what takes longer than `most`
+seconds or fails without a fault, and `tests=FILE,FILE` if more are named. Then QUICK, the contract of two methods.
+Whatever survives is told with its line; a survivor is a missing test, or a change that changes nothing. Exit status 1
+where something survived.
 
 The process imports torch and the other libraries once, and each fault is tried in a fork of it. mutmut works so too,
 but leaves out what stands outside of functions and whatever is decorated (properties, formulas, `no_grad`), which is
@@ -152,12 +152,11 @@ def imports(path: Path) -> set[str]:
 
 
 def concerned(module: str) -> list[str]:
-    """The test files of a module: the one that mirrors its path first, then those that import it."""
+    """The test files of a module: those in the folder that mirrors its own, and those that import it."""
     path = Path(module)
-    mirrored = Path("tests", *path.parts[1:-1], f"test_{path.name}")
     dotted = ".".join(path.with_suffix("").parts)
-    found = [p for p in sorted(Path("tests").rglob("test_*.py")) if dotted in imports(p)]
-    found = [*([mirrored] if mirrored.is_file() else []), *found]
+    room = sorted(Path("tests", *path.parts[1:-1]).glob("test_*.py"))
+    found = [*room, *(p for p in sorted(Path("tests").rglob("test_*.py")) if dotted in imports(p))]
     return [f for f in dict.fromkeys(map(str, found)) if f != QUICK[0]]
 
 

@@ -9,8 +9,8 @@ CHECKS = {"approx", "tolist", "equal", "allclose"}
 def computing_tests(source: str, wanted: set[str]) -> list[str]:
     """The names of the test functions of `source` that hold a check of numbers and call one of `wanted`.
 
-    A call is one by name or of a member (`LSQ(...)`, `lsq.LSQ(...)`, `LSQ.apply(...)`), or a name handed to another call
-    (`partial(LSQ, ...)`), in the test itself or in what it uses of the file: functions, fixtures, module constants. A
+    A call is one by name or of a member (`LSQ(...)`, `lsq.LSQ(...)`, `LSQ.apply(...)`), or a name handed to another
+    call (`partial(LSQ, ...)`), in the test itself or in what it uses of the file: functions, fixtures, constants. A
     check is `assert_close`, or an assertion that calls one of CHECKS. A text counts too: the path of a file that the
     test reads.
     """

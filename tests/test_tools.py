@@ -98,15 +98,20 @@ def test_texts_types_and_assertions_are_left_alone(mutants: ModuleType, source: 
     assert [new for fault in mutants.faults(tree) if "pass" not in (new := fault.planted(tree))] == []
 
 
-def test_tests_are_found_by_path_and_by_import(
+def test_tests_are_found_by_folder_and_by_import(
     mutants: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name, text in (("b/test_c", ""), ("test_d", "from a.b import c"), ("test_e", "from a.b import other")):
+    for name, text in (
+        ("b/test_c", ""),
+        ("b/test_x", ""),
+        ("test_d", "from a.b import c"),
+        ("test_e", "from a.b import other"),
+    ):
         path = tmp_path / "tests" / f"{name}.py"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    assert mutants.concerned("a/b/c.py") == ["tests/b/test_c.py", "tests/test_d.py"]
+    assert mutants.concerned("a/b/c.py") == ["tests/b/test_c.py", "tests/b/test_x.py", "tests/test_d.py"]
 
 
 def test_what_a_method_costs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
