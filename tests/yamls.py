@@ -1,13 +1,31 @@
-"""A Method from its YAML alone, without the rest of the configuration."""
+"""Configurations for tests: a run's without composing the same files again, a Method's from its YAML alone."""
 
+from copy import deepcopy
+from functools import cache
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
-from qbench.config.resolve import wanted
+from qbench.cli.overrides import compose
+from qbench.config import catalog
+from qbench.config.resolve import resolve, wanted
 from qbench.config.stages import lengths, listed
 from qbench.quant.method import Method
 from qbench.training.build import make_method
+
+
+@cache
+def composed(*files: str) -> DictConfig:
+    """`compose`, once for each choice of files (method=lsq, model=tiny)."""
+    return compose([*files])
+
+
+def config_of(*words: str) -> dict[str, Any]:
+    """What `resolve_row` gives, a tenth of a second sooner where these files were composed before."""
+    files = [w for w in words if w.partition("=")[0] in catalog.GROUPS]
+    whole = deepcopy(composed(*sorted(files)))
+    whole.merge_with_dotlist([w for w in words if w not in files])
+    return resolve(whole)
 
 
 def method_of(conf: Any) -> Method:

@@ -3,7 +3,6 @@
 import itertools
 from collections.abc import Mapping
 from copy import deepcopy
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,35 +11,28 @@ import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from yamls import composed, config_of
 
 from qbench.cli.overrides import compose
 from qbench.config import catalog
 from qbench.config.identity import digest, folder_name, identity, parent_of
 from qbench.config.recipe import DEFAULTS, KEYS, Recipe, merge
-from qbench.config.resolve import resolve
+from qbench.config.resolve import _training, resolve
 from qbench.data import DataSet, Split
 from qbench.errors import UserError
 from qbench.training.build import make_method, make_model, quantize
 
 CONF = catalog.conf_folder()
 FILES = sorted(CONF.rglob("*.yaml"))
+THERE = CONF / "config.yaml"  # for init=: some file that is there
 METHODS = [n for n in catalog.names("method") if n not in catalog.aliases()]
 FACTS = {"name": "synthetic", "checksum": "0" * 64, "augment": "none", "mean": (0.5,), "std": (0.35,)}
 SMALL = {"vgg_small": 0.05, "mobilenet_v1": 0.1, "mobilenet_v2": 0.1, "lenet5": 0.1, "mlp": 0.02}
 SMALL |= {"vgg7": 0.05, "vgg10": 0.05, "mlp3x1024": 0.02, "mlp3x2048": 0.01, "mlp3x4096": 0.005}
 
 
-@cache
-def _resolved(*words: str) -> dict[str, Any]:
-    return resolve(compose([*words]))
-
-
-def resolved(*words: str) -> dict[str, Any]:
-    return deepcopy(_resolved(*words))
-
-
 def key(*words: str, facts: Mapping[str, Any] = FACTS) -> str:
-    config = resolved(*words)
+    config = config_of(*words)
     init = config["init"]
     if init == "float":
         init = "float " + digest(identity(parent_of(config), facts, "scratch"))
@@ -59,7 +51,7 @@ def test_every_file_is_one_of_the_groups_or_the_root() -> None:
     "path", [p for p in FILES if p.parent.name in catalog.GROUPS], ids=lambda p: f"{p.parent.name}/{p.stem}"
 )
 def test_every_file_composes_and_resolves(path: Path) -> None:
-    config = resolved(f"{path.parent.name}={path.stem}")
+    config = config_of(f"{path.parent.name}={path.stem}")
     group = config[path.parent.name]
     name = group if isinstance(group, str) else group["name"]
     assert name == catalog.aliases().get(path.stem, path.stem)
@@ -69,7 +61,7 @@ def test_every_file_composes_and_resolves(path: Path) -> None:
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("budget", catalog.names("budget"))
 def test_every_method_has_every_budget(name: str, budget: str) -> None:
-    config = resolved(f"method={name}", f"budget={budget}")
+    config = config_of(f"method={name}", f"budget={budget}")
     assert set(config["train"]) == set(config["parent"]) == set(KEYS)
     assert (config["train"]["epochs"] is None) != (config["train"]["steps"] is None)
     assert config["init"] in ("scratch", "float")
@@ -87,8 +79,13 @@ def _data(model: str) -> DataSet:
 def test_every_method_fits_every_net(model: str) -> None:
     data = _data(model)
     x = torch.rand(2, data.channels, 16, 16)
+    node = compose([f"model={model}", f"model.width={SMALL.get(model, 0.25)}"]).model
+    if node.get("depth", 0) > 18:
+        node.depth = 8  # CIFAR's ResNets: more blocks of the same kind are no other case
     for name in METHODS:
-        config = resolved(f"method={name}", f"model={model}", f"model.width={SMALL.get(model, 0.25)}")
+        whole = deepcopy(composed(f"method={name}"))
+        whole.model = node
+        config = resolve(whole)
         net = make_model(config, data)
         quantize(config, net, make_method(config))
         with torch.no_grad():
@@ -99,7 +96,7 @@ def test_every_method_fits_every_net(model: str) -> None:
 
 def test_a_wrong_argument_in_a_methods_file_is_named_with_its_class() -> None:
     data = _data("tiny")
-    config = resolved("method=dorefa", "model=tiny")
+    config = config_of("method=dorefa", "model=tiny")
     rule = next(r for r in config["method"]["rules"] if "weight" in r)
     rule["weight"]["bist"] = 4
     with pytest.raises(UserError, match=r"method=dorefa on model=tiny: DoReFaWeight.__init__\(\) .* 'bist'"):
@@ -108,37 +105,54 @@ def test_a_wrong_argument_in_a_methods_file_is_named_with_its_class() -> None:
 
 def test_the_user_beats_the_method_and_the_method_beats_the_budget() -> None:
     def lr(*words: str) -> float:
-        return resolved("method=flexor", "budget=demo", *words)["train"]["lr"]
+        return config_of("method=flexor", "budget=demo", *words)["train"]["lr"]
 
-    assert resolved("method=pact", "budget=demo")["train"]["lr"] == 0.02
-    assert resolved("method=pact", "budget=demo", "init=scratch")["train"]["lr"] == 0.1
-    assert resolved("method=flexor", "budget=demo")["train"]["weight_decay"] == 1e-5
-    assert resolved("method=flexor", "budget=demo")["train"]["epochs"] == 20
+    assert config_of("method=pact", "budget=demo")["train"]["lr"] == 0.02
+    assert config_of("method=pact", "budget=demo", "init=scratch")["train"]["lr"] == 0.1
+    assert config_of("method=flexor", "budget=demo")["train"]["weight_decay"] == 1e-5
+    assert config_of("method=flexor", "budget=demo")["train"]["epochs"] == 20
     assert lr("train.lr=0.3") == 0.3
-    assert resolved("method=flexor", "train.weight_decay=0.5")["train"]["weight_decay"] == 0.5
+    assert config_of("method=flexor", "train.weight_decay=0.5")["train"]["weight_decay"] == 0.5
+
+
+def test_rate_update_rule_and_length_belong_to_the_methods_own_start() -> None:
+    """BNN's Adam at 5e-3 is for signs from scratch; from the float net its budget's SGD runs, at that one's rate."""
+
+    def told(*words: str) -> tuple[Any, ...]:
+        train = config_of("method=bnn", "budget=short", *words)["train"]
+        return tuple(train[k] for k in ("optimizer", "lr", "momentum", "epochs", "weight_decay"))
+
+    assert told() == ("adam", 5e-3, 0.9, 20, 0.0)
+    assert told("init=float") == told(f"init={THERE}") == ("sgd", 0.05, 0.9, 8, 0.0)
+    assert told("init=float", "train.lr=0.3") == ("sgd", 0.3, 0.9, 8, 0.0)
+
+    method = {"name": "m", "init": "scratch", "budgets": {"short": {**dict.fromkeys(KEYS, 1), "stages": {}}}}
+    budget = {"name": "short", "scratch": {}, "finetune": {}}
+    theirs, others = (set(_training(method, budget, init, 4)[1]) for init in ("scratch", "float"))
+    assert theirs - others == {"optimizer", "lr", "momentum", "nesterov", "betas", "eps", "epochs", "steps"}
 
 
 def test_the_users_precision_is_for_every_phase() -> None:
-    config = resolved("method=pact", "budget=short", "precision=fp32")
+    config = config_of("method=pact", "budget=short", "precision=fp32")
     assert config["train"]["precision"] == config["parent"]["precision"] == "fp32"
-    config = resolved("method=pact", "budget=short")
+    config = config_of("method=pact", "budget=short")
     assert config["train"]["precision"] == config["parent"]["precision"] == "bf16"
 
 
 def test_a_train_option_of_the_float_method_is_for_its_own_training() -> None:
-    config = resolved("method=float", "budget=demo", "train.epochs=3")
+    config = config_of("method=float", "budget=demo", "train.epochs=3")
     assert (config["train"]["epochs"], config["train"]["lr"]) == (3, 0.1)
-    parent = resolved("method=float", "budget=demo")
-    child = resolved("method=pact", "budget=demo")
+    parent = config_of("method=float", "budget=demo")
+    child = config_of("method=pact", "budget=demo")
     assert parent["train"] == child["parent"]
     # the net of `method=float` is the one that others start from
     assert digest(identity(parent, FACTS, "scratch")) == digest(identity(parent_of(child), FACTS, "scratch"))
 
 
 def test_steps_silence_epochs_and_the_other_way_round() -> None:
-    smoke = resolved("method=pact", "budget=smoke", "train.epochs=2")["train"]
+    smoke = config_of("method=pact", "budget=smoke", "train.epochs=2")["train"]
     assert (smoke["epochs"], smoke["steps"]) == (2, None)
-    demo = resolved("method=pact", "budget=demo", "train.steps=7")["train"]
+    demo = config_of("method=pact", "budget=demo", "train.steps=7")["train"]
     assert (demo["epochs"], demo["steps"]) == (None, 7)
 
 
@@ -158,56 +172,55 @@ def test_null_means_not_my_business() -> None:
 
 
 def test_the_paper_budget_is_the_methods_recipe() -> None:
-    config = resolved("method=pact", "budget=paper")
+    config = config_of("method=pact", "budget=paper")
     train = config["train"]
     assert (train["epochs"], train["batch_size"], train["lr"], train["schedule"]) == (200, 128, 0.1, "step")
     assert tuple(train["milestones"]) == (60, 120)
     assert config["init"] == "scratch"
     assert config["model"]["preactivation"] is True
-    assert resolved("method=pact", "budget=demo")["model"]["preactivation"] is None
-    assert resolved("method=pact", "budget=paper", "init=float")["init"] == "float"
-    assert resolved("method=pact", "budget=paper", "train.epochs=1")["train"]["epochs"] == 1
-    assert resolved("method=pact", "budget=paper", "model.preactivation=false")["model"]["preactivation"] is False
+    assert config_of("method=pact", "budget=demo")["model"]["preactivation"] is None
+    assert config_of("method=pact", "budget=paper", "init=float")["init"] == "float"
+    assert config_of("method=pact", "budget=paper", "train.epochs=1")["train"]["epochs"] == 1
+    assert config_of("method=pact", "budget=paper", "model.preactivation=false")["model"]["preactivation"] is False
 
 
 def test_what_a_method_needs_of_the_net_yields_to_the_user() -> None:
     for name in METHODS:
-        needs = resolved(f"method={name}")["method"].get("needs") or {}
+        needs = config_of(f"method={name}")["method"].get("needs") or {}
         for option, value in needs.items():
-            if option in resolved("model=resnet20")["model"]:
-                assert resolved(f"method={name}", "model=resnet20")["model"][option] == value
+            if option in config_of("model=resnet20")["model"]:
+                assert config_of(f"method={name}", "model=resnet20")["model"][option] == value
                 words = (f"method={name}", "model=resnet20", f"model.{option}=false")
-                assert resolved(*words)["model"][option] is False
+                assert config_of(*words)["model"][option] is False
 
 
 def test_init_follows_the_method_unless_told() -> None:
-    assert resolved("method=pact")["init"] == "float"
-    assert resolved("method=flexor")["init"] == "scratch"
-    assert resolved("method=float")["init"] == "scratch"
-    assert resolved("method=flexor", "init=float")["init"] == "float"
-    assert resolved("method=pact", f"init={__file__}")["init"] == __file__
+    assert config_of("method=pact")["init"] == "float"
+    assert config_of("method=flexor")["init"] == "scratch"
+    assert config_of("method=float")["init"] == "scratch"
+    assert config_of("method=flexor", "init=float")["init"] == "float"
+    assert config_of("method=pact", f"init={THERE}")["init"] == str(THERE)
 
 
 def test_the_uniform_protocol_has_the_same_exceptions_for_all() -> None:
     for name in METHODS:
-        rules = resolved(f"method={name}", "protocol=uniform")["method"]["rules"]
+        rules = config_of(f"method={name}", "protocol=uniform")["method"]["rules"]
         if name == "float":
             assert rules == []
             continue
-        assert [r["match"] for r in rules[:2]] == ["@first", "@last"]
-        assert all("keep" in r for r in rules[:2])
-        assert not [r for r in rules[2:] if r.get("match") in ("@first", "@last") and "kind" not in r]
-    rules = resolved("method=xnor", "protocol=uniform")["method"]["rules"]
+        assert rules[0] == {"match": "@ends", "keep": "protocol=uniform: first and last layer in float"}
+        assert not [r for r in rules[1:] if r.get("match") in ("@first", "@last", "@ends") and "kind" not in r]
+    rules = config_of("method=xnor", "protocol=uniform")["method"]["rules"]
     assert {"match": "@last", "kind": "ReLU*", "keep": "before the float last layer"} in rules
 
 
 def test_thirty_two_bits_take_the_slot_away() -> None:
-    rules = resolved("method=lsq", "w_bits=4", "a_bits=32")["method"]["rules"]
+    rules = config_of("method=lsq", "w_bits=4", "a_bits=32")["method"]["rules"]
     assert "input" not in rules[-1]
     assert "weight" in rules[-1]
-    rules = resolved("method=lsq", "bits=32")["method"]["rules"]
+    rules = config_of("method=lsq", "bits=32")["method"]["rules"]
     assert set(rules[-1]) == {"keep"}
-    rules = resolved("method=irnet", "a_bits=32")["method"]["rules"]
+    rules = config_of("method=irnet", "a_bits=32")["method"]["rules"]
     assert ("input" in rules[-2], "weight" in rules[-2]) == (False, True)
     assert set(rules[-1]) == {"kind", "keep", "optional"}  # the ReLU stays
 
@@ -227,7 +240,7 @@ def test_thirty_two_bits_take_the_slot_away() -> None:
     ],
 )
 def test_bits(words: tuple[str, ...], expected: tuple[float, float]) -> None:
-    config = resolved(*words)
+    config = config_of(*words)
     assert (config["w_bits"], config["a_bits"]) == expected
 
 
@@ -255,7 +268,7 @@ def test_the_same_words_said_twice_or_as_defaults_decide_nothing() -> None:
 
 
 def test_a_new_option_that_is_null_or_a_default_renames_nothing() -> None:
-    config = resolved("method=pact")
+    config = config_of("method=pact")
     before = digest(identity(config, FACTS, "scratch"))
     config["options"]["brand_new"] = None
     config["model"]["brand_new"] = None
@@ -267,12 +280,16 @@ def test_a_new_option_that_is_null_or_a_default_renames_nothing() -> None:
 
 
 def test_what_the_schedule_does_not_read_decides_nothing() -> None:
-    drops, decay = "train.milestones=[1]", "train.gamma=0.3"
-    assert key("train.schedule=constant", drops, decay) == key("train.schedule=constant")
-    assert key("train.schedule=exponential", drops) == key("train.schedule=exponential")
-    for schedule, words in (("step", (drops, decay)), ("exponential", (decay,))):
-        asked = (f"train.schedule={schedule}", "train.milestones=[2]")
-        assert len({key(*asked), *(key(*asked, word) for word in words)}) == 1 + len(words)
+    """The user may not ask for it (`unread`); a method's recipe may hold it when another schedule was asked for."""
+
+    def name(schedule: str, **recipe: Any) -> str:
+        config = config_of(f"train.schedule={schedule}")
+        return digest(identity({**config, "train": {**config["train"], **recipe}}, FACTS, "scratch"))
+
+    drops, decay = {"milestones": (2.0,)}, {"gamma": 0.3}
+    assert name("constant", **drops, **decay) == name("constant")
+    assert name("exponential", **drops) == name("exponential") != name("exponential", **decay)
+    assert len({name("step"), name("step", **drops), name("step", **decay)}) == 3
 
 
 # Commands of which no two may share a folder.
@@ -321,7 +338,7 @@ DIFFERENT = [
     ("options.detach=true",),
     ("workers=2",),
     ("compile=true",),
-    (f"init={__file__}",),
+    (f"init={THERE}",),
 ]
 
 
@@ -339,20 +356,20 @@ def test_the_teacher_of_a_distilled_run_is_part_of_its_name(tmp_path: Path) -> N
     from qbench.training.run import prepare
 
     base = ("model=tiny", "dataset=synthetic", "init=scratch", "distill.weight=1")
-    assert prepare(resolved(*base)).key != prepare(resolved(*base, "parent.epochs=1")).key
+    assert prepare(config_of(*base)).key != prepare(config_of(*base, "parent.epochs=1")).key
     plain = ("model=tiny", "dataset=synthetic", "init=scratch")
-    assert prepare(resolved(*plain)).key == prepare(resolved(*plain, "parent.epochs=1")).key
+    assert prepare(config_of(*plain)).key == prepare(config_of(*plain, "parent.epochs=1")).key
 
 
 def test_the_number_of_classes_is_part_of_the_name() -> None:
     from qbench.training.run import prepare
 
-    base = ("model=tiny", "dataset=synthetic", "init=scratch", "train.batch_size=5")
-    assert prepare(resolved(*base)).key != prepare(resolved(*base, "dataset.classes=12", "dataset.train_size=10")).key
+    base = ("model=tiny", "dataset=synthetic", "init=scratch")
+    assert prepare(config_of(*base)).key != prepare(config_of(*base, "dataset.classes=12")).key
 
 
 def test_folder_names_say_what_is_inside() -> None:
-    assert folder_name(resolved("bits=4/8"), "k").startswith("pact-w4a8-resnet20-digits-")
-    assert folder_name(resolved("method=flexor", "bits=0.8"), "k") == "flexor-w0.8a32-resnet20-digits-k"
-    assert folder_name(resolved("method=float"), "k") == "float-resnet20-digits-k"
-    assert folder_name(resolved("name=mine"), "k") == "mine-k"
+    assert folder_name(config_of("bits=4/8"), "k").startswith("pact-w4a8-resnet20-digits-")
+    assert folder_name(config_of("method=flexor", "bits=0.8"), "k") == "flexor-w0.8a32-resnet20-digits-k"
+    assert folder_name(config_of("method=float"), "k") == "float-resnet20-digits-k"
+    assert folder_name(config_of("name=mine"), "k") == "mine-k"

@@ -127,3 +127,13 @@ def test_yaml_on_a_resnet_trains(gradient: str) -> None:
     assert levels[1] == 2
     assert torch.isfinite(loss)
     assert all(not torch.equal(p, before[name]) for name, p in net.named_parameters())
+
+
+def test_first_step_is_the_share_of_the_first_stage() -> None:
+    def steps(*words: str) -> list[int]:
+        config = resolve_row(["method=reactnet", "model=tiny", "dataset=synthetic", "train.steps=8", *words])
+        return [stage["recipe"]["steps"] for stage in config["method"]["stages"]]
+
+    assert steps() == [4, 4]
+    assert steps("options.first_step=0.25") == [2, 6]
+    assert steps("options.first_step=0") == [0, 8]

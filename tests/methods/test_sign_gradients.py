@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from yamls import config_of
 
-from qbench.cli.overrides import resolve_row
 from qbench.methods.binaryconnect import BinaryConnect
 from qbench.methods.bnn import BinaryActivation
 from qbench.methods.shared.binary import SLOPES, Slope
@@ -26,7 +26,7 @@ def test_every_binary_method_takes_every_gradient(method: str, gradient: str) ->
     names = ["weight_gradient"] if method in NO_SIGN_OF_INPUTS else ["weight_gradient", "act_gradient"]
     bits = ["bits=1"] if method == "dorefa" else []
     words = [f"method={method}", *bits, "model=resnet20", "model.depth=8", "model.width=0.25", "budget=smoke"]
-    config = resolve_row([*words, *(f"options.{name}={gradient}" for name in names)])
+    config = config_of(*words, *(f"options.{name}={gradient}" for name in names))
     net = make_model(config, SimpleNamespace(channels=3, classes=10, size=8))  # type: ignore[arg-type]
     quantize(config, net, make_method(config))
     of_weights = [layer.weight_quantizer for _, layer in quant_layers(net) if layer.weight_quantizer is not None]

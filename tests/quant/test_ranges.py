@@ -90,6 +90,17 @@ def test_percentile_agrees_with_numpy() -> None:
         assert hi.numpy() == pytest.approx(np.percentile(x.numpy(), percent, axis=1), rel=1e-4)
 
 
+def test_percentile_of_weighted_values_by_hand() -> None:
+    """0, 1 and 2, the middle one three times: they stand for 0..1, 1..4 and 4..5, with middles 0.5, 2.5 and 4.5.
+
+    A quarter of the way between the outer middles is 1.5, halfway from 0 to 1; three quarters 3.5, halfway to 2.
+    """
+    lo, hi = ranges.percentile(torch.tensor([1.0, 2.0, 0.0]), 75, torch.tensor([3.0, 1.0, 1.0]))
+    assert (lo.item(), hi.item()) == (0.5, 1.5)
+    lo, hi = ranges.percentile(torch.tensor([[1.0, 2.0, 0.0], [0.0, 4.0, 8.0]]), 75, torch.tensor([3.0, 1.0, 1.0]))
+    assert (lo.tolist(), hi.tolist()) == ([0.5, 1.5], [1.5, 5.0])  # of 0, 0, 0, 4, 8: middles 1.5, 3.5 and 4.5
+
+
 @pytest.mark.parametrize("percent", [50, 0, 100.1, -1])
 def test_percentile_refuses(percent: float) -> None:
     with pytest.raises(ValueError, match="percentile must be above 50"):
@@ -102,6 +113,13 @@ def test_mse_cuts_an_outlier() -> None:
     assert lo.item() < 0
     assert hi.item() < 10
     assert error(x, lo, hi, 3, False, False) < 0.75 * error(x, *ranges.minmax(x), 3, False, False)
+
+
+def test_mse_reaches_no_further_than_0_and_the_values() -> None:
+    for x, ends in (((0.25, 1.0), (0.0, 1.0)), ((-0.5, 0.25), (-0.5, 0.25)), ((-1.0, -0.25), (-1.0, 0.0))):
+        lo, hi = ranges.mse(torch.linspace(*x, 1000), 8)
+        assert (lo.item(), hi.item()) == pytest.approx(ends, abs=0.01)
+        assert ends[0] <= lo <= hi <= ends[1]
 
 
 def test_mse_is_close_to_the_best_of_all_pairs_of_ends() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from imitation import Imitation, OnDevice
 from torch import Tensor, nn
+from yamls import config_of
 
 from qbench import kernels
 from qbench.cli.overrides import resolve_row
@@ -67,7 +68,7 @@ def trainer(
     data = ["model=tiny", "dataset=synthetic", "dataset.train_size=40", "dataset.test_size=16", "dataset.size=8"]
     base = [*data, "budget=smoke", "train.batch_size=8", f"train.steps={steps}", *SCHEDULE, "device=cpu"]
     taken = {w.partition("=")[0] for w in words}
-    config = resolve_row([*(w for w in base if w.partition("=")[0] not in taken), *words])
+    config = config_of(*(w for w in base if w.partition("=")[0] not in taken), *words)
     config |= {"init": "scratch", "checkpoint_seconds": 1e9}  # calibrated on batch statistics
     data, teachers = load(config["dataset"]), []
 
@@ -159,7 +160,7 @@ def test_one_row_of_weights_is_each_layer_by_itself(detach: bool) -> None:
     [
         *((("method=" + name,), reason) for name, reason in EAGER.items()),
         (("method=flexor", "options.mode=analog"), "FleXOR differentiates a product"),
-        (("method=float", "train.optimizer=rmsprop"), "train.optimizer=rmsprop is none of sgd, adam, adamw"),
+        (("method=float", "train.optimizer=rmsprop"), "its optimizer rmsprop is none of sgd, adam, adamw"),
     ],
 )
 def test_what_cannot_be_recorded_says_why(words: tuple[str, ...], reason: str, tmp_path: Path) -> None:
@@ -171,14 +172,14 @@ def test_what_cannot_be_recorded_says_why(words: tuple[str, ...], reason: str, t
 
 
 def test_on_the_cpu_nothing_is_recorded() -> None:
-    reason = captured.why_not([nn.Identity()], Recipe(steps=1), gpu=False)
+    reason = captured.why_not([nn.Identity()], ["sgd"], gpu=False)
     assert reason == "the run is not on a GPU"
     assert not captured.asked("auto", reason)
-    assert captured.why_not([nn.Identity()], Recipe(steps=1), gpu=True) == ""
+    assert captured.why_not([nn.Identity()], ["sgd"], gpu=True) == ""
     assert captured.asked("auto", "")
     assert captured.asked(True, "")
     assert not captured.asked(False, "")
-    assert "compile=true" in captured.why_not([], Recipe(steps=1), gpu=True, compile=True)
+    assert "compile=true" in captured.why_not([], ["sgd"], gpu=True, compile=True)
     with pytest.raises(UserError, match="auto, false, true"):
         resolve_row(["graph=yes"])
 

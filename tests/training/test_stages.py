@@ -227,7 +227,7 @@ def test_an_acting_stage_can_be_interrupted(tmp_path: Path) -> None:
 
     def save() -> None:
         real()
-        made.stop.asked = made.state.stage.name == "act" and made.state.stage.step == 2
+        made.stop._asked = made.state.stage.name == "act" and made.state.stage.step == 2
 
     made.save = save  # type: ignore[method-assign]
     with pytest.raises(Interrupted, match="stopped in stage act, 2 of 3 done"):
