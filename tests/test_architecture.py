@@ -228,7 +228,8 @@ def test_a_method_that_is_not_whole_is_named(
     from qbench.config import catalog
 
     (tmp_path / "method").mkdir()
-    (tmp_path / "method" / "odd.yaml").write_text(f"method: {{name: odd, title: Odd, summary: odd, {field}}}\n")
+    whole = "name: odd, title: Odd, summary: odd, w_bits: {default: 4}, a_bits: {default: 4}, init: float"
+    (tmp_path / "method" / "odd.yaml").write_text(f"method: {{{whole}, {field}}}\n")
     monkeypatch.setattr(catalog, "conf_folder", lambda: tmp_path)
     with pytest.raises(UserError, match=said):
         catalog.methods()

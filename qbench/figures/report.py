@@ -157,11 +157,12 @@ def misnamed(result: Mapping[str, Any]) -> str:
     found = result.get("identity", {}).get("method", {}).get("rules", [])
     rules = [r for r in found if isinstance(r, Mapping)]
     slots = [r[k] for r in rules for k in ("weight", "replace") if isinstance(r.get(k), Mapping)]
-    widths = {r["weight"].get("bits") for r in rules if isinstance(r.get("weight"), Mapping)}
+    given = [r["weight"].get("bits") for r in rules if isinstance(r.get("weight"), Mapping)]
+    widths = {w for w in given if w is None or isinstance(w, (int, float))}
     named = result["w_bits"]
     if not rules or named == 32 or named in widths or None in widths or (slots and not widths):
         return ""  # a slot without bits of its own computes them from what it is told
-    told = f"of {' and '.join(map(digits, sorted(widths)))} bits" if widths else "in float"
+    told = f"of {' and '.join(map(digits, sorted(w for w in widths if w is not None)))} bits" if widths else "in float"
     return f"weights {told}, not of {named:g}"
 
 

@@ -56,7 +56,8 @@ class DiffQ(Quantizer):
     Gradient: there is no straight-through estimator. w gets g = dL/dw_hat, and min w and max w what reaches Delta;
     dL/dl = sum over the group of g u * dDelta/db * db/dl, with dDelta/db = -(max w - min w) ln 2 * 2^b / (2^b - 1)^2.
 
-    Weight: any shape whose size is a multiple of `group`; `logits` are [groups, 1].
+    Weight: any shape; where `group` does not divide its size, groups are of the largest divisor below. `logits` are
+    [groups, 1].
 
     Args:
         bits: of all groups at the start, above min_bits and below max_bits
@@ -64,7 +65,7 @@ class DiffQ(Quantizer):
         min_bits, max_bits: 1..16, whole numbers
         noise: uniform | gaussian
 
-    Errors: ValueError on an argument out of its range, a group that does not divide the weight.
+    Errors: ValueError on an argument out of its range.
     Reference: arXiv 2104.09987
     """
 
@@ -87,10 +88,10 @@ class DiffQ(Quantizer):
         self.max_bits = check_bits(max_bits, self.min_bits + 1, 16, "max_bits")
         if not self.min_bits < bits < self.max_bits:
             raise ValueError(f"the first bits must be between {min_bits} and {max_bits}, both excluded, got {bits!r}")
-        self.group, self.noise = group, check_choice("noise", noise, ("uniform", "gaussian"))
-        count = layer.weight.numel()
-        if group < 1 or count % group:
-            raise ValueError(f"group must be a divisor of the {count} weights of each layer, got {group!r}")
+        self.noise, count = check_choice("noise", noise, ("uniform", "gaussian")), layer.weight.numel()
+        if isinstance(group, bool) or group != int(group) or group < 1:
+            raise ValueError(f"group must be a whole number of at least 1, got {group!r}")
+        group = self.group = next(g for g in range(min(int(group), count), 0, -1) if count % g == 0)
         share = (bits - self.min_bits) / (self.max_bits - self.min_bits)
         self.logits = nn.Parameter(torch.full((count // group, 1), math.log(share / (1 - share))))
 

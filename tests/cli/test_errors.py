@@ -172,10 +172,10 @@ def test_words_stay_as_they_were_typed(text: str) -> None:
 def test_paths_with_backslashes_and_a_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     from qbench.cli.overrides import compose
 
-    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("HOME", "/srv/me")
     found = compose(["out=~/runs", r"dataset.root=C:\data\new\\"[:-1], "init='quoted by hand'"])
     assert (found.out, found.dataset.root, found.init) == (
-        "/home/me/runs",
+        "/srv/me/runs",
         r"C:\data\new"[:11] + "\\",
         "quoted by hand",
     )

@@ -21,7 +21,11 @@ def last_table(text: str) -> list[str]:
     """The rows of the table at the end of `text`."""
     lines = text.splitlines()
     head = max(i for i, line in enumerate(lines) if line.startswith("method ") and "bits W/A" in line)
-    return [line for line in lines[head + 2 :] if line.strip() and " runs: " not in line]
+    return [
+        line
+        for line in lines[head + 2 :]
+        if line.strip() and " runs: " not in line and not line.startswith("table and")
+    ]
 
 
 def results(out: Path) -> list[dict[str, Any]]:

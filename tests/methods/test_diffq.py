@@ -172,7 +172,7 @@ def test_the_penalty_is_what_the_codes_take_in_megabytes() -> None:
         ({"bits": 15}, "between 2 and 15, both excluded, got 15"),
         ({"min_bits": 0}, "min_bits must be a whole number in 1..15"),
         ({"min_bits": 9, "max_bits": 9}, "max_bits must be a whole number in 10..16"),
-        ({"group": 3}, "group must be a divisor of the 8 weights of each layer, got 3"),
+        ({"group": 0}, "group must be a whole number of at least 1, got 0"),
         ({"group": 0}, "got 0"),
         ({"noise": "pink"}, "noise must be one of uniform, gaussian, got 'pink'"),
     ],

@@ -329,7 +329,7 @@ def test_what_fails_is_noted_and_the_rest_is_drawn(go: Callable[..., Any], tmp_p
 
 
 def test_stopped_by_the_user(go: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import qbench.training.run
+    import qbench.training.execute
     from qbench.training.interrupt import Interrupted
 
     def stop(*_: Any) -> dict[str, Any]:
@@ -337,11 +337,11 @@ def test_stopped_by_the_user(go: Callable[..., Any], tmp_path: Path, monkeypatch
 
     card = toy(tmp_path)
     with monkeypatch.context() as patched:
-        patched.setattr(qbench.training.run, "execute", stop)
+        patched.setattr(qbench.training.execute, "execute", stop)
         assert go(card)[0] == 130
     assert not (Path("r") / "toy").exists()  # nothing is done, and nothing is left
     go(card, only=("float",))
-    monkeypatch.setattr(qbench.training.run, "execute", stop)
+    monkeypatch.setattr(qbench.training.execute, "execute", stop)
     status, kept = go(card)
     assert status == 130
     assert [e["row"] for e in kept.entries] == ["float"]

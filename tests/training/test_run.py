@@ -200,7 +200,14 @@ def test_compare_and_table(tiny: Cli, cli: Cli, tmp_path: Path) -> None:
 def test_plan_prints_and_leaves_nothing(tiny: Cli, tmp_path: Path) -> None:
     said = tiny("method=pact", "bits=4", "out=o", "plan=true")
     assert said.status == 0, said.err
-    for words in ("method:", "conv2.weight", "first layer", "bits per quantized weight", "steps + 6", "of training"):
+    for words in (
+        "method:",
+        "conv2.weight",
+        "first and last layer",
+        "bits per quantized weight",
+        "steps + 6",
+        "of training",
+    ):
         assert words in said.out
     assert not (tmp_path / "o").exists()
 
