@@ -34,7 +34,7 @@ from pathlib import Path
 
 import pytest
 
-QUICK = ["tests/test_contract.py", "-k", "lsq] or bnn]"]
+QUICK = ["tests/test_contract.py", "-k", "[lsq] or [bnn]"]
 OPTIONS = {"count": 40, "seed": 0, "most": 60}
 LEFT_OUT = (".git", "outputs", "__pycache__", ".venv", ".ci", ".*_cache", ".hypothesis")
 TWINS = [
