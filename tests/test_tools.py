@@ -12,6 +12,7 @@ import pytest
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 TOY = '''"""Toy."""
 
+LOW = [7][0]
 
 def clip(x: int, lo: int) -> int:
     """The greater one."""
@@ -45,9 +46,13 @@ def mutants() -> ModuleType:
 
 
 def test_noticed_and_surviving_faults_are_told_apart(process: Any, tmp_path: Path) -> None:
-    """At x = lo the two branches give the same: < for <= is no fault, and nothing else of `clip` survives."""
+    """At x = lo the two branches give the same: < for <= is no fault, and nothing else of `clip` survives.
+
+    Nobody looks at the value of LOW; where it cannot be imported everything fails.
+    """
     (tmp_path / "toy").mkdir()
     (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "conftest.py").write_text("from toy.calc import LOW")  # a fault may break this, too
     (tmp_path / "toy" / "calc.py").write_text(TOY)
     (tmp_path / "tests" / "test_calc.py").write_text(TESTS)
     ran = process.script(SCRIPTS / "mutants.py", "toy/calc.py", "count=0")
@@ -55,10 +60,13 @@ def test_noticed_and_surviving_faults_are_told_apart(process: Any, tmp_path: Pat
     assert ran.returncode == 1, error
     lines = [line.strip() for line in said.splitlines()]
     assert lines == [
-        "toy/calc.py: 5 of 5 faults",
+        "toy/calc.py: 9 of 9 faults",
         "left out: tests/test_calc.py::test_that_fails_as_it_is fails as it is",
-        "survived, line 6: x < lo  ->  x <= lo",
-        "4 noticed, 0 of them by the time limit; 1 survived",
+        "survived, line 3: 7  ->  8",
+        "survived, line 3: 7  ->  6",
+        "survived, line 3: 0  ->  -1",
+        "survived, line 7: x < lo  ->  x <= lo",
+        "5 noticed, 0 of them by the time limit; 4 survived",
     ]
     assert (tmp_path / "toy" / "calc.py").read_text() == TOY
 

@@ -26,8 +26,10 @@ class Weight(UniformGrid):
     @torch.no_grad()
     def grid(self, x: Tensor | None = None) -> Affine:
         """That of the weight; -1..1 stands for its range where there is none."""
-        one = torch.ones(self.shape)
-        lo, hi = (-one, one) if x is None else ranges.minmax(self.rows(x.detach()))
+        if x is None:
+            lo, hi = -torch.ones(self.shape), torch.ones(self.shape)
+        else:
+            lo, hi = ranges.minmax(self.rows(x.detach()))
         grid = ranges.grid(lo.reshape(self.shape), hi.reshape(self.shape), self.bounds, self.symmetric)
         return self._between(*grid, dynamic=x is None)
 

@@ -16,9 +16,9 @@ ACTIVATIONS = ("input", "output")
 
 
 def at_site(module: nn.Module, site: str) -> list[Quantizer]:
-    """The quantizers of one site in `module`; one in place of a ReLU counts as 'input'."""
+    """The quantizers of one site in `module`, not what else a slot may hold; one in place of a ReLU is an 'input'."""
     slots = [getattr(layer, f"{site}_quantizer") for _, layer in quant_layers(module)]
-    found = [q for q in slots if isinstance(q, Quantizer)]  # a slot may hold a plain module too (a PReLU)
+    found = [q for q in slots if isinstance(q, Quantizer)]
     if site == "input":
         outputs = {id(q) for q in at_site(module, "output")}
         found = [q for q in activation_quantizers(module).values() if id(q) not in outputs]
