@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from yamls import composed, config_of
 
 from qbench.cli.overrides import compose
-from qbench.config import catalog
+from qbench.config import bits, catalog
 from qbench.config.identity import digest, folder_name, identity, parent_of
 from qbench.config.recipe import DEFAULTS, KEYS, Recipe, merge
 from qbench.config.resolve import _training, resolve
@@ -373,3 +373,11 @@ def test_folder_names_say_what_is_inside() -> None:
     assert folder_name(config_of("method=flexor", "bits=0.8"), "k") == "flexor-w0.8a32-resnet20-digits-k"
     assert folder_name(config_of("method=float"), "k") == "float-resnet20-digits-k"
     assert folder_name(config_of("name=mine"), "k") == "mine-k"
+
+
+def test_bits_are_one_width_or_two() -> None:
+    assert bits.parse("4") == (4, 4)
+    assert bits.parse("4/8") == (4, 8)
+    assert bits.parse(None) == (None, None)
+    with pytest.raises(UserError, match="must look like 4 or 4/8"):
+        bits.parse("4/8/2")
