@@ -58,10 +58,10 @@ def resolve(config: DictConfig) -> dict[str, Any]:
     everywhere = {"precision": plain.pop("precision")}
     parent = [budget["parent"], plain["parent"], everywhere]
     before, own = _training(method, budget, plain["init"], plain["w_bits"])
-    asked = [plain["train"], everywhere]
-    train = [*parent, plain["train"]] if method["name"] == "float" else [*before, _without(own, ("stages",)), *asked]
+    before, asked = [*before, _without(own, ("stages",))], [plain["train"], everywhere]
+    train = [*parent, plain["train"]] if method["name"] == "float" else [*before, *asked]
     plain["parent"], plain["train"] = (_read(k, plain[k], merge(v)) for k, v in (("parent", parent), ("train", train)))
-    method["stages"] = _stages(method, plain["train"], [*before, _without(own, ("stages",))], own, asked)
+    method["stages"] = _stages(method, plain["train"], before, own.get("stages") or {}, asked)
     method["rules"] = [_without_float(rule) for rule in wanted(method.get("rules") or [], plain["options"])]
     if plain["protocol"] == "uniform":
         method["rules"] = _uniform(method["rules"])
@@ -91,20 +91,21 @@ def _stages(
     method: Mapping[str, Any],
     train: Mapping[str, Any],
     before: list[Mapping[str, Any]],
-    own: Mapping[str, Any],
+    theirs: Mapping[str, Any],
     asked: list[Mapping[str, Any]],
 ) -> list[dict[str, Any]]:
-    """The stages with their whole recipes; lengths are those of the run's recipe, by the stages' shares."""
+    """The stages with their whole recipes; lengths are those of the run's recipe, by the stages' shares.
+
+    theirs: what the method changes of each in this budget, by name.
+    """
     stages = listed(method.get("stages") or [], method["name"])
-    theirs = own.get("stages") or {}
     for name in theirs:
         if name not in [s["name"] for s in stages]:
             raise unknown(f"stage of method={method['name']}", name, [s["name"] for s in stages])
+    lower, higher = ([_without(part, LENGTH) for part in parts] for parts in (before, asked))
     out = []
     for stage, length in zip(stages, lengths(stages, train), strict=True):
-        wanted = [_without(part, LENGTH) for part in asked]
-        parts = [_without(p, LENGTH) for p in before]
-        recipe = merge([*parts, stage.get("recipe") or {}, theirs.get(stage["name"]) or {}, *wanted, length])
+        recipe = merge([*lower, stage.get("recipe") or {}, theirs.get(stage["name"]) or {}, *higher, length])
         out.append({**stage, "recipe": asdict(recipe)})
     return out
 

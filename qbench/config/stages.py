@@ -53,11 +53,8 @@ def lengths(stages: Sequence[Mapping[str, Any]], train: Mapping[str, Any]) -> li
     done, out = 0.0, []
     for stage in stages:
         if not _shared(stage):
-            out.append(
-                {"epochs": stage.get("epochs")}
-                if stage.get("epochs") is not None
-                else {"steps": stage.get("steps") or 0}
-            )
+            epochs = stage.get("epochs")
+            out.append({"steps": stage.get("steps") or 0} if epochs is None else {"epochs": epochs})
             continue
         share = stage["share"] if stage.get("share") is not None else max(0.0, left) / len(open_ones)
         if train.get("steps") is not None:

@@ -169,10 +169,6 @@ def _train(run: Run, screen: Screen, opened: ExitStack) -> dict[str, Any]:
     return {**result, "folder": str(run.folder)}
 
 
-def _strange(value: torch.Tensor) -> float:
-    return float(value[~value.isfinite()][0])
-
-
 def _recorder(run: Run, opened: ExitStack) -> Recorder:
     path = run.folder / "checkpoint.pt"
     kept = checkpoint.load(path) if path.is_file() else {}
@@ -184,8 +180,9 @@ def _check_finite(net: Assembly) -> None:
     """Errors: UserError that names the first tensor of the net that is not finite."""
     for name, value in net.model.state_dict().items():
         if isinstance(value, torch.Tensor) and value.is_floating_point() and not value.isfinite().all():
+            strange = value[~value.isfinite()][0].item()
             raise UserError(
-                f"the net of method={net.method.name} is not finite: {name} holds {_strange(value)}. "
+                f"the net of method={net.method.name} is not finite: {name} holds {strange}. "
                 "Try a lower train.lr, train.clip_grad=1, or train.precision=fp32."
             )
 

@@ -47,10 +47,7 @@ class Step:
 
         Where parameter groups take turns, each turn has a pass over the batch and a loss of its own.
         """
-        total = torch.zeros((), device=self.device)
-        for turn in self.optimizer.turns:
-            total = self._turn(x, y, turn)
-        return total
+        return [self._turn(x, y, turn) for turn in self.optimizer.turns][-1]
 
     def _turn(self, x: Tensor, y: Tensor, turn: int) -> Tensor:
         state, recipe = self.state, self.recipe
