@@ -3,7 +3,7 @@
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, and for every process that a test starts
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line has it
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the command line has it
 
 import subprocess
 import sys

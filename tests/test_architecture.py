@@ -1,6 +1,7 @@
 """Who imports whom, and what must stay quick: no cycle, nothing in the core knows a paper, no torch before a run."""
 
 import ast
+import functools
 import os
 import resource
 import subprocess
@@ -63,6 +64,7 @@ def _at_load(tree: ast.Module) -> list[ast.stmt]:
     return [n for n in tree.body if not isinstance(n, ast.If)]  # `if TYPE_CHECKING:` loads nothing
 
 
+@functools.cache
 def graph(everywhere: bool) -> dict[str, set[str]]:
     found = {name_of(p): {i for i in imports(p, everywhere) if i in NAMES} - {name_of(p)} for p in FILES}
     return {name: used - {"qbench"} for name, used in found.items()}

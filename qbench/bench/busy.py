@@ -16,6 +16,7 @@ POLICIES: dict[str, dict[str, str]] = {
     "passive": {"OMP_WAIT_POLICY": "PASSIVE"},
     "spin 1000": {"GOMP_SPINCOUNT": "1000"},
     "spin 10000": {"GOMP_SPINCOUNT": "10000"},
+    "spin 100000": {"GOMP_SPINCOUNT": "100000"},
 }
 BESIDE = (0, 1, 2)
 # Computes until it is ended, or whoever started it is gone.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from qbench.cli.overrides import SYNONYMS, check, check_options, forced, parse, resolve_row
 from qbench.cli.texts import typed
 from qbench.cli.usage import HELP, USAGE
-from qbench.cli.waiting import sleep_while_waiting
+from qbench.cli.waiting import spin_briefly
 from qbench.config import catalog
 from qbench.config.kinds import seconds
 from qbench.config.options import OPTIONS
@@ -38,7 +38,7 @@ FLAGS = (*ASKING[1:], *FLAGS_WITH_VALUE, *SWITCHES, "--experimental-rerun")  # H
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit status."""
     args = list(sys.argv[1:] if argv is None else argv)
-    sleep_while_waiting()
+    spin_briefly()
     speak_any_encoding()
     with handling((signal.SIGTERM,), interrupt):
         return _answered(args)

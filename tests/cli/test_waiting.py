@@ -10,12 +10,12 @@ WORDS = ("method=float", "model=tiny", "dataset=synthetic", "budget=smoke", "pla
 @pytest.mark.parametrize(
     ("said", "expected"),
     [
-        ({}, "OMP_WAIT_POLICY = 'PASSIVE'"),
+        ({}, "GOMP_SPINCOUNT = '10000'"),
         ({"OMP_WAIT_POLICY": "ACTIVE"}, "OMP_WAIT_POLICY = 'ACTIVE'"),
         ({"GOMP_SPINCOUNT": "77"}, "GOMP_SPINCOUNT = '77'"),
     ],
 )
-def test_threads_sleep_while_they_wait_unless_the_user_says_otherwise(
+def test_threads_sleep_soon_while_they_wait_unless_the_user_says_otherwise(
     said: dict[str, str], expected: str, process: Any
 ) -> None:
     own = {"OMP_WAIT_POLICY": "", "GOMP_SPINCOUNT": "", "OMP_DISPLAY_ENV": "VERBOSE", **said}
