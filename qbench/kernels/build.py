@@ -19,7 +19,7 @@ from qbench.files import cache_folder, locked, sha256_file
 
 SOURCE = Path(__file__).with_name("fused.cpp")
 # -ffp-contract=off: a product is rounded before it is added, on every instruction set, so that all give the same bits
-# -O3: below it gcc leaves short inner loops rolled up, and what holds one is not made of vectors (tanh: a step costs 1.8 times)
+# -O3: below it gcc leaves short inner loops rolled up, and makes no vectors of what holds one (tanh)
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math",
          "-ffp-contract=off")  # fmt: skip
 # What the source is compiled for, the least first: of an inline function of the standard library that several objects
