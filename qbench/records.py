@@ -105,7 +105,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.exists():
         raise UserError(f"{folder} is not a finished run: it has no config.yaml")
     with named(path):
-        content: dict[str, Any] = _yaml(text_of(path))
+        content: dict[str, Any] = parsed_yaml(text_of(path))
         check(content, CONFIG_SHAPE)
     return content
 
@@ -263,7 +263,7 @@ def parsed(text: str) -> Any:
         raise ValueError("lists or mappings lie too deep in each other") from error
 
 
-def _yaml(text: str) -> Any:
+def parsed_yaml(text: str) -> Any:
     """The YAML in `text`, no deeper than DEPTH and without aliases: both can cost all memory. Errors: ValueError."""
     depth = 0
     for bracket in re.findall(r"[\[\]{}]", text):

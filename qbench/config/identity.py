@@ -46,6 +46,7 @@ def parent_of(config: Mapping[str, Any]) -> dict[str, Any]:
         "a_bits": bits.FLOAT,
         "init": "scratch",
         "init_head": None,
+        "layer_bits": None,
         "protocol": "paper",
         "kernels": "auto",  # one parent for all tiers
         "train": config["parent"],
@@ -71,6 +72,7 @@ def identity(config: Mapping[str, Any], data: Mapping[str, Any], init: str) -> d
         "init_head": config.get("init_head"),
         "seed": config["seed"],
         "bits": [config["w_bits"], config["a_bits"]],
+        "layer_bits": config.get("layer_bits"),
         "distill": config["distill"] if config["distill"]["weight"] else None,
         "workers": config["workers"] if config["workers"] > 1 else None,
         "compile": config["compile"] or None,
@@ -136,9 +138,10 @@ def digest(content: Any) -> str:
 
 
 def folder_name(config: Mapping[str, Any], key: str) -> str:
-    """<name>-<hash>; the name is method, bits, model and data set unless `name` was given."""
+    """<name>-<hash>; the name: method, bits (`mixed`: some layers have others), model, data set, unless given."""
     method = config["method"]["name"]
     width = "" if method == "float" else f"-w{width_of(config, 'w')}a{width_of(config, 'a')}"
+    width += "-mixed" if config.get("layer_bits") else ""
     default = f"{method}{width}-{config['model']['name']}-{config['dataset']['name']}"
     return f"{config['name'] or default}-{key}"
 

@@ -5,6 +5,7 @@ What lies under `dataset` is checked where data are read; what lies under `model
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from qbench.config import bits, catalog
@@ -24,12 +25,19 @@ class Bits(Kind):
 
 
 BITS = Bits("", lambda x: False, null=True)
+# Read by qbench.config.layer_bits once the method is known.
+LAYERS = Kind(
+    "patterns of layers with their bits, such as {layer3.*:2,fc:8/8}, or a YAML file that is there",
+    lambda x: (isinstance(x, Mapping) and len(x) > 0) or (isinstance(x, str) and Path(x).expanduser().is_file()),
+    null=True,
+)
 RECIPE = {name: replace(kind, null=True) for name, kind in FIELDS.items()}  # null: as budget and method say
 OPTIONS: dict[str, Kind] = {
     "name": NAME,
     "bits": BITS,
     "w_bits": BITS,
     "a_bits": BITS,
+    "layer_bits": LAYERS,
     "seed": whole(0),
     "init": START,
     "init_head": one_of("new", null=True),

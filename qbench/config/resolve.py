@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from qbench.config import bits, options
+from qbench.config import bits, layer_bits, options
 from qbench.config.catalog import check_method
 from qbench.config.identity import mark, neutral
 from qbench.config.recipe import OPTIMIZERS, Recipe, merge, optimizer_class, unread
@@ -62,9 +62,10 @@ def resolve(config: DictConfig) -> dict[str, Any]:
     train = [*parent, plain["train"]] if method["name"] == "float" else [*before, *asked]
     plain["parent"], plain["train"] = (_read(k, plain[k], merge(v)) for k, v in (("parent", parent), ("train", train)))
     method["stages"] = _stages(method, plain["train"], before, own.get("stages") or {}, asked)
-    method["rules"] = [_without_float(rule) for rule in wanted(method.get("rules") or [], plain["options"])]
-    if plain["protocol"] == "uniform":
-        method["rules"] = _uniform(method["rules"])
+    plain["layer_bits"] = layer_bits.read(plain["layer_bits"], method)
+    rules = wanted(method.get("rules") or [], plain["options"], plain["protocol"])
+    # with widths of single layers it is decided layer by layer what stays in float
+    method["rules"] = rules if plain["layer_bits"] else [_without_float(rule) for rule in rules]
     plain["budget"] = budget["name"]
     return plain
 
@@ -110,10 +111,11 @@ def _stages(
     return out
 
 
-def wanted(rules: list[dict[str, Any]], options: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The rules without those that are for other values of an option (`only: {option: value}`)."""
+def wanted(rules: list[dict[str, Any]], options: Mapping[str, Any], protocol: str = "paper") -> list[dict[str, Any]]:
+    """The rules as this protocol has them, without those that are for other values of an option (`only`)."""
     fit = [r for r in rules if all(options[k] == v for k, v in (r.get("only") or {}).items())]
-    return [_without(r, ("only",)) for r in fit]
+    fit = _uniform(fit) if protocol == "uniform" else fit
+    return [_without(r, ("only", "uniform")) for r in fit]
 
 
 def _without(part: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
@@ -153,10 +155,13 @@ def _without_float(rule: dict[str, Any]) -> dict[str, Any]:
 
 
 def _uniform(rules: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same exceptions for every method: first and last layer in float, all else by the method's rules.
+    """The same sites for every method: first and last layer in float; of all others the weights and the inputs.
 
-    Rules of another kind, such as for the ReLU before the last layer, are no exceptions: they shape the net.
+    A rule says in `uniform` what changes in it: slots that are added, or taken away (null); `drop`: all of it.
     """
-    general = [r for r in rules if r.get("match") not in ENDS or "kind" in r]
-    keep = "protocol=uniform: first and last layer in float"
-    return [{"match": "@ends", "keep": keep}, *general] if rules else []
+    out = [{"match": "@ends", "keep": "protocol=uniform: first and last layer in float"}] if rules else []
+    for rule in rules:
+        change = rule.get("uniform") or {}
+        if change != "drop" and (rule.get("match") not in ENDS or "kind" in rule):
+            out.append({k: v for k, v in {**rule, **change}.items() if v is not None})
+    return out

@@ -42,9 +42,13 @@ def percent(value: float | None) -> str:
 
 
 def width(result: Mapping[str, Any], site: str) -> str:
-    """The bits of a run's weights ('w') or activations ('a') in a table: '4' as asked for, '4.3*' as learned."""
+    """The bits of a run's weights ('w') or activations ('a') in a table.
+
+    '4' as asked for, '4+' where single layers have others (`layer_bits`), '4.3*' as learned.
+    """
     learned = result.get(f"{site}_bits_learned")
-    return f"{result[f'{site}_bits']:g}" if learned is None else f"{learned:.1f}*"
+    mixed = "+" if result.get("identity", {}).get("layer_bits") else ""
+    return f"{result[f'{site}_bits']:g}{mixed}" if learned is None else f"{learned:.1f}*"
 
 
 def tell(folder: Path, result: Mapping[str, Any], line: Callable[[str], None]) -> None:

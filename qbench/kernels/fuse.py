@@ -48,6 +48,9 @@ class _Norm(nn.Module):
         if takes(x) and _known(bn, x) and (act is None or kernel is not None):
             own = kernel is not None and kernel.kind in KINDS  # what stands in place of the ReLU is all there is
             second = kernel if own else _kernel(behind, x)
+            second = (
+                None if second is not None and second.kind not in KINDS else second
+            )  # one that bounds runs by itself
             want = (not own and (self.want_y or (behind is not None and second is None)), second is not None)
             fast, first = quantizer.fast.backend, None if own else kernel
             y, q = fused(fast, x, norm=bn, residual=residual, activation=first, quantizer=second, want=want)

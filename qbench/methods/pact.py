@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from qbench.quant import ops
 from qbench.quant.grid import Affine, affine
-from qbench.quant.quantizer import Kernel, Quantizer, check_bits
+from qbench.quant.quantizer import Kernel, Rectifier, check_bits
 
 SMALLEST = 1e-3  # alpha is read as at least this: its decay may pull it to 0, and a step of 0 divides by 0
 PAPER = 10.0  # the initial alpha of the paper's Figure 2
@@ -40,12 +40,14 @@ class _Clip(torch.autograd.Function):
         return *_clip_backward(grads[0], *ctx.saved_tensors), None
 
 
-class PACT(Quantizer):
+class PACT(Rectifier):
     """In place of a ReLU: a clipped ReLU whose clip alpha is learned, one per layer, quantized to 2^bits levels.
 
     y = clip(x, 0, alpha); y_hat = round(y n / alpha) alpha / n, n = 2^bits - 1.
     Gradient: dy_hat/dx = 1 for 0 <= x < alpha, else 0; dy_hat/dalpha = 1 for x >= alpha, else 0, summed over all x.
     (Composing straight-through primitives would add round(x n / alpha) / n - x / alpha inside; the paper has 0 there.)
+    Signed: 2^bits levels over -alpha..alpha, none of them 0, as DoReFa's weights are (the paper's inputs all follow a
+    ReLU): y_hat = round((clip(x, -alpha, alpha) + alpha) n / (2 alpha)) 2 alpha / n - alpha, and -1 for x < -alpha.
     The L2 term on alpha is the optimizer's weight decay: alpha's parameter group says so. Any shape.
 
     Departure: from a float net alpha starts at the clip of least squared error over the calibration images, because a
@@ -62,13 +64,12 @@ class PACT(Quantizer):
     Reference: 1805.06085 Eq. 1 to 3; Figure 2 for the initial value
     """
 
-    signed = False
     casts = True
 
     def __init__(
         self, layer: nn.Module, site: str, *, bits: int, alpha: float | None = None, init: str | None = None
     ) -> None:
-        super().__init__()
+        super().__init__(layer, site)
         self.bits = check_bits(bits, 1, 16)
         self.n = 2**self.bits - 1
         if alpha is not None and alpha <= 0:
@@ -77,14 +78,12 @@ class PACT(Quantizer):
         self.alpha = nn.Parameter(torch.tensor(PAPER if alpha is None else float(alpha)))
         self._sample: list[Tensor] = []
 
-    def bypass(self, x: Tensor) -> Tensor:
-        return x.relu()
-
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:
         """Keep about 16384 values of the batch, an odd stride apart so that no row or column is favoured."""
+        super().calibrate(x)
         if self.calibrated:
-            self._sample.append(x.flatten()[:: (x.numel() >> 14) | 1].float().relu())
+            self._sample.append(x.flatten()[:: (x.numel() >> 14) | 1].float())
 
     @torch.no_grad()
     def finish_calibration(self) -> None:
@@ -92,17 +91,29 @@ class PACT(Quantizer):
         if not self._sample:
             return
         x = torch.cat(self._sample)
+        x = x if self.signed else x.relu()
         self._sample = []
-        if (largest := x.max()) > 0:  # else no image excites this layer, and the paper's value stays
+        if (largest := x.abs().max()) > 0:  # else no image excites this layer, and the paper's value stays
             tries = largest * torch.linspace(1 / 64, 1, 64, device=x.device)
-            errors = [(_Clip.apply(x, a, self.n) - x).square_().sum() for a in tries]
+            errors = [(self._at(x, a) - x).square_().sum() for a in tries]
             self.alpha.copy_(tries[torch.stack(errors).argmin()])
 
-    def quantize(self, x: Tensor) -> Tensor:
-        return _Clip.apply(x, self.alpha, self.n)  # type: ignore[no-any-return]
+    def _at(self, x: Tensor, alpha: Tensor) -> Tensor:
+        if not self.signed:
+            return _Clip.apply(x, alpha, self.n)  # type: ignore[no-any-return]
+        a = alpha.clamp_min(SMALLEST)
+        return _Clip.apply(x + a, 2 * a, self.n) - a  # type: ignore[no-any-return]
 
-    def kernel(self, shape: torch.Size) -> Kernel:
+    def quantize(self, x: Tensor) -> Tensor:
+        return self._at(x, self.alpha)
+
+    def kernel(self, shape: torch.Size) -> Kernel | None:
+        if self.signed:
+            return None
         return Kernel("clip", max(self.alpha.item(), SMALLEST), (self.alpha,), self.n)
 
     def grid(self, x: Tensor | None = None) -> Affine:
-        return affine(self.alpha.detach().clamp_min(SMALLEST) / self.n, 0, self.n)
+        alpha = self.alpha.detach().clamp_min(SMALLEST)
+        return (
+            affine(2 * alpha / self.n, 0, self.n, offset=-alpha) if self.signed else affine(alpha / self.n, 0, self.n)
+        )

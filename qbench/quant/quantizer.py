@@ -255,3 +255,30 @@ class Quantizer(nn.Module, ABC):
             **known,
             **{name: value for name in self.told if (value := getattr(self, name)) is not None},
         }
+
+
+class Rectifier(Quantizer):
+    """Quantizes what a ReLU gives: in place of the ReLU, or, at the site 'input', what reaches a layer.
+
+    A layer's input has no sign of its own: where the calibration images show it below 0 (behind a linear bottleneck,
+    say) the quantizer is `signed`, and its grid lies on both sides of 0.
+    """
+
+    def __init__(self, layer: nn.Module, site: str) -> None:
+        super().__init__()
+        self.signed = False
+        self.at_input = site == "input"
+
+    def bypass(self, x: Tensor) -> Tensor:
+        return x if self.at_input else x.relu()
+
+    @torch.no_grad()
+    def calibrate(self, x: Tensor) -> None:
+        self.signed = self.signed or (self.at_input and bool((x < 0).any()))
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {**super().get_extra_state(), "signed": self.signed}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        super().set_extra_state(state)
+        self.signed = state.get("signed", False)

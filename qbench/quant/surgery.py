@@ -1,8 +1,10 @@
 """Turn a float net into a quantized one by rules; say what became of every tensor."""
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,9 +12,11 @@ from torch import nn
 
 from qbench.quant.float_inputs import Tracer, float_inputs, layers
 from qbench.quant.layers import QuantLayer, quant_layers
-from qbench.quant.method import Rule
+from qbench.quant.method import Factory, Rule
 from qbench.quant.packing import Part
 from qbench.quant.quantizer import Quantizer
+
+FLOAT = 32  # a width of 32 means: left in floating point
 
 
 def _is_kind(module: nn.Module, kind: str) -> bool:
@@ -49,9 +53,16 @@ def channels(model: nn.Module) -> dict[str, int]:
     return found
 
 
-def matches(model: nn.Module, rules: Sequence[Rule]) -> dict[str, Rule]:
+def _hits(names: Sequence[str], match: str) -> list[str]:
+    """Those of `names` that a pattern fits: a glob, or @first, @last or @ends among them."""
+    ends = {"@first": names[:1], "@last": names[-1:], "@ends": [*names[:1], *names[-1:]]}
+    return list(dict.fromkeys(ends[match])) if match in ends else [n for n in names if fnmatchcase(n, match)]
+
+
+def matches(model: nn.Module, rules: Sequence[Rule], asked: Collection[str] = ()) -> dict[str, Rule]:
     """{module name: the first rule that matches it}; a rule that matches nothing at all is an error.
 
+    asked: modules that no rule may keep as they are.
     Errors: ValueError that names the rule and lists the candidates of its kind.
     """
     modules = {name: m for name, m in model.named_modules() if name}
@@ -59,11 +70,7 @@ def matches(model: nn.Module, rules: Sequence[Rule]) -> dict[str, Rule]:
     chosen: dict[str, Rule] = {}
     for rule in rules:
         names = [n for n, m in modules.items() if _is_kind(m, rule.kind)]
-        hits = {"@first": names[:1], "@last": names[-1:], "@ends": [*dict.fromkeys([*names[:1], *names[-1:]])]}.get(
-            rule.match
-        )
-        if hits is None:
-            hits = [n for n in names if fnmatchcase(n, rule.match)]
+        hits = _hits(names, rule.match)
         if rule.below is not None:
             hits = [n for n in hits if _weights(modules[n]) < rule.below]
         if rule.pair:
@@ -72,17 +79,74 @@ def matches(model: nn.Module, rules: Sequence[Rule]) -> dict[str, Rule]:
             shown = ", ".join(names[:30]) or "none"
             raise ValueError(f"rule '{rule.match}' (kind {rule.kind}) matches nothing; candidates: {shown}")
         for name in hits:
-            chosen.setdefault(name, rule)
+            if rule.keep is None or name not in asked:
+                chosen.setdefault(name, rule)
     return chosen
 
 
-def quantize(model: nn.Module, rules: Sequence[Rule]) -> dict[str, str]:
-    """Apply `rules` to `model` in place; return {module name: reason} for what a rule keeps."""
-    chosen = matches(model, rules)
+def _asked(
+    model: nn.Module, rules: Sequence[Rule], entries: Sequence[Mapping[str, Any]]
+) -> dict[str, Mapping[str, Any]]:
+    """{module: the first of `entries` that fits it}, of layers and of what else the rules give bits.
+
+    Errors: ValueError that names the entry that fits nothing and lists what there is.
+    """
+    layers = [n for n, m in model.named_modules() if n and _is_kind(m, Rule.kind)]
+    others = [r for r in rules if r.keep is None and _width(r.replace) is not None]
+    kinds = "|".join(r.kind for r in others)
+    names = [n for n, m in model.named_modules() if n and (n in layers or (kinds and _is_kind(m, kinds)))]
+    found: dict[str, Mapping[str, Any]] = {}
+    for entry in entries:
+        match = entry["match"]
+        if not (hits := _hits(layers if match.startswith("@") else names, match)):
+            raise ValueError(f"layer_bits: '{match}' fits nothing; there are {', '.join(names)}")
+        if all(name in found for name in hits):
+            raise ValueError(f"layer_bits: '{match}' comes too late: patterns before it fit all that it fits")
+        for name in hits:
+            found.setdefault(name, entry)
+    return found
+
+
+def _width(factory: Factory | None) -> float | None:
+    """The `bits` that a factory is given; None where it takes none."""
+    return getattr(factory, "keywords", {}).get("bits")
+
+
+def _at(rule: Rule, entry: Mapping[str, Any] | None) -> tuple[Rule, str]:
+    """The rule with the widths of `entry` for its own, without slots of 32 bits; of which sides it has any ('wa')."""
+    slots: dict[str, Any] = {}
+    took = ""
+    for site in ("weight", "input", "output", "replace", "error"):
+        factory = getattr(rule, site)
+        own = _width(factory)
+        side = {"weight": "w", "error": ""}.get(site, "a")
+        width = own if entry is None or not side else entry[side]
+        if factory is None or (own is None and (site == "replace" or width != FLOAT)):
+            continue  # nothing there, or of a width of its own
+        slots[site] = None if width == FLOAT else factory if width == own else partial(factory, bits=width)
+        took += side
+    left = {s: slots.get(s, getattr(rule, s)) for s in ("weight", "input", "output", "error", "replace")}
+    keep = None if any(left.values()) else rule.keep or "left in float (32 bits asked for)"
+    return replace(rule, **left, keep=keep), took
+
+
+def quantize(model: nn.Module, rules: Sequence[Rule], layer_bits: Sequence[Mapping[str, Any]] = ()) -> dict[str, str]:
+    """Apply `rules` to `model` in place; return {module name: reason} for what stays as it is.
+
+    layer_bits: widths of single layers, as `qbench.config.layer_bits` gives them; they go before those of the rules,
+    and before the reasons of a rule that keeps a layer.
+    Errors: ValueError where a rule or a width takes effect nowhere.
+    """
+    asked = _asked(model, rules, layer_bits)
+    chosen = matches(model, rules, asked)
     consumers = pairs(model) if any(r.pair for r in rules) else {}
     counts = channels(model) if any(r.channels for r in rules) else {}
-    kept = {}
+    kept, took = {}, {entry["match"]: "" for entry in layer_bits}
     for name, rule in chosen.items():
+        entry = asked.get(name)
+        rule, sides = _at(rule, entry)
+        if entry is not None:
+            took[entry["match"]] += sides
         if rule.keep is not None:
             kept[name] = rule.keep
             continue
@@ -97,7 +161,20 @@ def quantize(model: nn.Module, rules: Sequence[Rule]) -> dict[str, str]:
         if isinstance(new, QuantLayer):
             _fill(new, rule)
         _put(model, name, new)
+    for entry in layer_bits:
+        _check_took(entry, took[entry["match"]])
     return kept
+
+
+def _check_took(entry: Mapping[str, Any], took: str) -> None:
+    """Errors: ValueError where a width of `entry` took effect nowhere."""
+    lost = [side for side in ("w", "a") if side not in took and entry[side] != FLOAT]
+    if lost and not (entry["either"] and took):
+        what = " and ".join({"w": "weights", "a": "activations"}[side] for side in lost)
+        raise ValueError(
+            f"layer_bits: '{entry['match']}' fits no quantizer of {what}. plan=true shows what there is; with "
+            "protocol=uniform each layer but the first and the last has one of its weights and one of its input"
+        )
 
 
 def _put(model: nn.Module, name: str, new: nn.Module) -> None:

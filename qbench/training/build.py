@@ -88,7 +88,7 @@ def quantize(config: Mapping[str, Any], model: nn.Module, method: Method) -> dic
     """Surgery with the method's rules; returns what was kept, and why."""
     checkpoint.seed_all(seed_of(config["seed"], "surgery"))
     with clear_errors(f"method={method.name} on model={config['model']['name']}"):
-        return surgery.quantize(model, method.rules)
+        return surgery.quantize(model, method.rules, config.get("layer_bits") or ())
 
 
 def seed_of(seed: int, phase: str) -> int:

@@ -67,6 +67,7 @@ def _widths(config: Mapping[str, Any]) -> Iterator[float]:
     """The bits asked for, of weights, activations and whatever else a rule quantizes; without those left in float."""
     sites = [rule.get(site) for rule in config["method"].get("rules") or [] for site in SITES]
     bits = [config["w_bits"], config["a_bits"], *(s["bits"] for s in sites if isinstance(s, Mapping) and "bits" in s)]
+    bits += [entry[site] for entry in config.get("layer_bits") or [] for site in ("w", "a")]
     return (b for b in bits if isinstance(b, (int, float)) and b < FLOAT)
 
 

@@ -20,7 +20,8 @@ DECIDING = ("name", "rules", "hooks", "param_groups", "stages")
 DATA = {"name": "synthetic", "checksum": "0", "augment": "none", "mean": [0.5], "std": [0.5]}
 # Of the configuration: what is in the identity under its own or another name, and what decides no number.
 COUNTED = ("w_bits", "a_bits", "seed", "init", "init_head", "method", "options", "model", "dataset", "train", "distill",
-           "workers", "compile", "kernels", "precision", "protocol", "parent", "bits")  # fmt: skip
+           "workers", "compile", "kernels", "precision", "protocol", "parent", "bits",
+           "layer_bits")  # fmt: skip
 NOT_COUNTED = ("name", "device", "threads", "channels_last", "graph", "out", "checkpoint_seconds", "time_limit",
                "tensorboard", "plan", "debug", "budget")  # fmt: skip
 

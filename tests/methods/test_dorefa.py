@@ -28,6 +28,19 @@ def activation(bits: int, bound: str = "clip") -> DoReFaActivation:
     return DoReFaActivation(nn.ReLU(), "replace", bits=bits, bound=bound)
 
 
+def test_an_input_of_both_signs_gets_levels_on_both_sides() -> None:
+    """2 round(3 (x + 1) / 2) / 3 - 1, as weights have it; the gradient is 1 within -1..1."""
+    q = DoReFaActivation(nn.Linear(1, 1), "input", bits=2, bound="abs")
+    x = torch.tensor([-1.5, -0.7, -0.2, 0.1, 0.7, 1.5], requires_grad=True)
+    q.calibrate(x)
+    y = q(x)
+    torch.testing.assert_close(y, torch.tensor([-1, -1, -1 / 3, 1 / 3, 1, 1]))
+    y.sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [0, 1, 1, 1, 1, 0]
+    torch.testing.assert_close(q.grid().values(q.codes(x)), y.detach())
+
+
 def error(bits: int, seed: int = 0) -> DoReFaError:
     q = DoReFaError(nn.Linear(1, 1), "error", bits=bits)
     q.generator = torch.Generator().manual_seed(seed)

@@ -33,6 +33,36 @@ def gradient(q: nn.Module, x: Tensor) -> Tensor:
     return x.grad
 
 
+def test_an_input_of_both_signs_gets_levels_on_both_sides() -> None:
+    """n = 3, alpha = 1: levels -1, -1/3, 1/3, 1; the gradient of alpha is 1 above and -1 below."""
+    q = PACT(nn.Linear(1, 1), "input", bits=2, alpha=1.0)
+    assert q.bypass(X).equal(X)
+    q.calibrate(X)
+    assert q.signed
+    x = torch.tensor([-1.7, -0.6, -0.1, 0.5, 0.9, 1.7])
+    torch.testing.assert_close(q(x), torch.tensor([-1, -1 / 3, -1 / 3, 1 / 3, 1, 1]))
+    assert gradient(q, x).tolist() == [0, 1, 1, 1, 1, 0]
+    assert q.alpha.grad == 0  # one of each
+    q.alpha.grad = None
+    gradient(q, torch.tensor([-2.0, -3.0, 0.3]))
+    assert q.alpha.grad == -2
+    torch.testing.assert_close(q.grid().values(q.codes(x)), q(x))
+    other = PACT(nn.Linear(1, 1), "input", bits=2, alpha=1.0)
+    other.load_state_dict(q.state_dict())
+    assert other.signed
+    plain = PACT(nn.Linear(1, 1), "input", bits=2, alpha=1.0)
+    plain.calibrate(X.relu())
+    torch.testing.assert_close(plain(X.relu()), pact()(X))
+
+
+def test_the_clip_of_an_input_of_both_signs_is_that_of_least_squared_error() -> None:
+    x = torch.randn(4000, generator=torch.Generator().manual_seed(0))
+    q = PACT(nn.Linear(1, 1), "input", bits=2)
+    q.calibrate(x)
+    q.finish_calibration()
+    assert 1.4 < q.alpha.item() < 1.6  # 1.4936: three half steps of the uniform 4-level grid of a Gaussian (0.9957)
+
+
 def test_worked_example() -> None:
     q = pact()
     torch.testing.assert_close(q(X), torch.tensor([0, 1 / 3, 2 / 3, 1, 1]))
