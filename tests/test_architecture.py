@@ -78,7 +78,14 @@ def test_no_cycle() -> None:
 
 def test_only_what_answers_without_torch_imports_late() -> None:
     late = {n for n, used in graph(everywhere=True).items() if used - graph(everywhere=False)[n]}
-    assert late == {"qbench", "qbench.cli.command", "qbench.cli.overrides", "qbench.cli.sweep", "qbench.papers.study"}
+    assert late == {
+        "qbench",
+        "qbench.cli.command",
+        "qbench.cli.overrides",
+        "qbench.cli.sensitivity",
+        "qbench.cli.sweep",
+        "qbench.papers.study",
+    }
 
 
 def test_nothing_in_the_core_knows_a_paper() -> None:

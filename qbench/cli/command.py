@@ -99,6 +99,10 @@ def _dispatch(args: list[str]) -> int:
         from qbench.papers import study
 
         return study.command(args[1:], resolve_row)
+    if args[0] == "sensitivity":
+        from qbench.cli import sensitivity
+
+        return sensitivity.command(args[1:])
     if args[0] == "bench":
         from qbench import bench
 

@@ -8,11 +8,12 @@ qbench: run quantization papers, and set the published numbers beside your own.
   qbench list                                     methods, models, data sets, budgets
   qbench table [DIR] [format=csv]                 the table of the results below DIR (outputs)
   qbench eval RUN|CHECKPOINT [option=value ...]   evaluate again
+  qbench sensitivity RUN [bits=2,4] [size=3]      each layer alone at low bits; bits for each layer within a budget
   qbench compare RUN RUN                          what differs in configuration and outcome
   qbench paper list                               tables and figures of papers that can be redrawn
   qbench paper CARD|all [budget=short] [seeds=3]  run one or all, beside what was published
   qbench bench [check|page] [only=step/pact]      how fast it is here, as ratios
-  qbench COMMAND --help                           more about list, table, eval, compare, paper, bench
+  qbench COMMAND --help                           more about list, table, eval, sensitivity, compare, paper, bench
   qbench method=flexor --help                     a method's bits and options
 
 Options, as name=value (conf/config.yaml holds all of them):
@@ -56,6 +57,18 @@ qbench eval CHECKPOINT [option=value ...]       a plain float state_dict; the op
   allow=PACKAGE         a run's folder builds classes of qbench, torch.nn, torch.optim and torchvision.models, else
                         nothing: whoever wrote it could run any code here. PACKAGE (or [A,B]) may be used too
   model=  dataset=      of a plain checkpoint (resnet20, digits)
+""",
+    "sensitivity": """\
+qbench sensitivity RUN [bits=2,4,8] [size=4]    what each layer alone loses at so many bits, all else in float
+
+  method=ptq  options.NAME=     how the layer is quantized; calibrated only, whatever the method
+  sites=both                    its weights and its input; weights or activations: one of them
+  images=1024                   training images on which losses are taken: the test set chooses nothing
+  size=BITS                     choose bits for each layer, so that weights have so many on average ...
+  bops=BITS*BITS                ... or multiplications (16: as many bit operations as 4/4); written for layer_bits=FILE
+  device=  threads=  kernels=  out=  dataset.root=  allow=  debug=    as in a run, and as in eval
+
+Leaves a table, its JSON and a picture in OUT/sensitivity-.... What several layers lose is taken to add up.
 """,
     "compare": """\
 qbench compare RUN RUN          what differs between two finished runs, leaf by leaf: first what was asked for, then

@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any
 
 from qbench.config import catalog
+from qbench.config.moved import today
 from qbench.errors import UserError
 
 TARGET = "_target_"
@@ -64,7 +65,7 @@ def _leaves(node: Any, place: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _check_name(source: str, place: str, name: Any, allow: Sequence[str]) -> None:
-    if isinstance(name, str) and NAME.fullmatch(name) and _may_be_built(name, allow):
+    if isinstance(name, str) and NAME.fullmatch(name) and _may_be_built(today(name), allow):
         return
     package = str(name).partition(".")[0]
     if package == "qbench":

@@ -1,6 +1,7 @@
 """What a configuration that came with a file may build: nets, and nothing that runs other code."""
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +9,9 @@ import pytest
 from qbench.cli.overrides import resolve_row
 from qbench.config.allowed import check, check_words
 from qbench.errors import UserError
+from qbench.records import read_config
+
+RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
 
 
 def config(target: Any) -> dict[str, Any]:
@@ -114,3 +118,8 @@ def test_words_of_a_card_are_held_to_the_same(word: str) -> None:
 
 def test_words_of_a_card_that_may_stand() -> None:
     check_words(["train.optimizer=qbench.methods.bnn.ShiftAdaMax", "train.optimizer=adam", "train.lr=2.5"], "card")
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.rglob("config.yaml")), ids=lambda p: p.parent.name)
+def test_runs_that_are_committed_may_be_built_wherever_their_classes_lay_then(path: Path) -> None:
+    check(read_config(path.parent), str(path))
