@@ -15,9 +15,12 @@ import matplotlib
 import pytest
 import torch
 
+from qbench.kernels import build
+
 matplotlib.use("agg")
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
+KERNELS = str(build.folder())  # the user's own, which are known by their source: compiled once, not once in each pytest
 TINY = ("model=tiny", "dataset=synthetic", "budget=smoke", "tensorboard=false", "device=cpu")
 
 
@@ -36,10 +39,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("QBENCH_CACHE", str(folder))
     monkeypatch.setenv("QBENCH_DATA", str(folder / "data"))
-    # compiled once for all tests, and all workers of one pytest
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    monkeypatch.setenv("QBENCH_KERNELS", os.environ.get("QBENCH_KERNELS", str(shared / "kernels")))
+    monkeypatch.setenv("QBENCH_KERNELS", KERNELS)
     return folder
 
 
