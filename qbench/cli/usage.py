@@ -22,6 +22,7 @@ Options, as name=value (conf/config.yaml holds all of them):
   options.NAME=                         what the method offers beyond bits, e.g. options.n_tap=2 for flexor
   train.NAME=  parent.NAME=             epochs, lr, batch_size, optimizer, schedule ... of training / float parent
   init=scratch|float|CHECKPOINT         what the run starts from
+  distill.weight=0.5  distill.teacher=  a loss from a teacher beside the labels': the float parent, a run, a checkpoint
   dataset.root=DIR                      where the data lie
   seed=  precision=fp32|tf32|bf16|auto  device=auto|cpu|cuda  graph=auto  workers=  threads=  out=DIR
   plan=true                             print configuration, manifest and time, and run nothing

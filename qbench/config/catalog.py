@@ -34,7 +34,7 @@ def aliases() -> dict[str, str]:
 
 def options(method: str) -> dict[str, Any]:
     """{name: default} of what a method, or the one that an alias points to, offers as options.NAME."""
-    return dict(_read("method", _target(method)).get("options", {}))
+    return dict(read("method", _target(method)).get("options", {}))
 
 
 def _target(method: str) -> str:
@@ -42,7 +42,8 @@ def _target(method: str) -> str:
     return remark("method", method, "alias") or method
 
 
-def _read(group: str, name: str) -> dict[str, Any]:
+def read(group: str, name: str) -> dict[str, Any]:
+    """What conf/GROUP/NAME.yaml holds."""
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     return dict(yaml.load((conf_folder() / group / f"{name}.yaml").read_text(encoding="utf-8"), loader))
 
@@ -53,7 +54,7 @@ def methods() -> list[dict[str, Any]]:
     found = []
     for name in names("method"):
         if name not in skip:
-            found.append(check_method(_read("method", name).get("method"), f"{name}.yaml"))
+            found.append(check_method(read("method", name).get("method"), f"{name}.yaml"))
     return sorted(found, key=lambda m: (FAMILIES.index(m["family"]), m["name"]))
 
 
@@ -87,7 +88,7 @@ def about(method: str) -> str:
     if method not in names("method"):
         raise unknown("method", method, names("method"))
     name = _target(method)
-    found = check_method(_read("method", name).get("method"), f"{name}.yaml")
+    found = check_method(read("method", name).get("method"), f"{name}.yaml")
     paper = f" (arXiv {found['arxiv']})" if found.get("arxiv") else ""
     lines = [f"method={name}: {found['summary']}", f"  {found['title']}{paper}"]
     for word, of in (("w_bits", "weights"), ("a_bits", "activations")):

@@ -50,8 +50,14 @@ def parent_of(config: Mapping[str, Any]) -> dict[str, Any]:
         "protocol": "paper",
         "kernels": "auto",  # one parent for all tiers
         "train": config["parent"],
-        "distill": {"weight": 0.0, "temperature": 1.0, "labels": None},
+        "distill": {"weight": 0.0, "temperature": 1.0},
     }
+
+
+def needs_parent(config: Mapping[str, Any]) -> bool:
+    """Whether a run asks for the float parent, to start from or to be taught by."""
+    given = config["distill"]
+    return config["init"] == "float" or bool(given["weight"] and not given.get("teacher") and not given.get("joint"))
 
 
 def identity(config: Mapping[str, Any], data: Mapping[str, Any], init: str) -> dict[str, Any]:
@@ -73,7 +79,9 @@ def identity(config: Mapping[str, Any], data: Mapping[str, Any], init: str) -> d
         "seed": config["seed"],
         "bits": [config["w_bits"], config["a_bits"]],
         "layer_bits": config.get("layer_bits"),
-        "distill": config["distill"] if config["distill"]["weight"] else None,
+        "distill": {k: v for k, v in config["distill"].items() if k != "teacher"}
+        if config["distill"]["weight"]
+        else None,
         "workers": config["workers"] if config["workers"] > 1 else None,
         "compile": config["compile"] or None,
         "kernels": config["kernels"] if config["kernels"] != "auto" else None,  # tiers differ by rounding

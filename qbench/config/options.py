@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qbench.config import bits, catalog
+from qbench.config.identity import needs_parent
 from qbench.config.kinds import NAME, PATH, START, TIME, Kind, is_number, number, one_of, truth, whole
 from qbench.config.recipe import FIELDS, KERNELS, PRECISIONS
 from qbench.errors import UserError, unknown
@@ -25,6 +26,12 @@ class Bits(Kind):
 
 
 BITS = Bits("", lambda x: False, null=True)
+
+
+def _is_there(path: Any) -> bool:
+    return PATH.allows(path) and Path(path).expanduser().exists()
+
+
 # Read by qbench.config.layer_bits once the method is known.
 LAYERS = Kind(
     "patterns of layers with their bits, such as {layer3.*:2,fc:8/8}, or a YAML file that is there",
@@ -54,6 +61,9 @@ OPTIONS: dict[str, Kind] = {
     "distill.weight": number(0),
     "distill.temperature": number(0, above=True),
     "distill.labels": number(0, null=True),
+    "distill.teacher": Kind("a run folder or a checkpoint that is there", _is_there, null=True),
+    "distill.model": one_of(*catalog.names("model"), null=True),
+    "distill.joint": truth(null=True),
     "out": PATH,
     "checkpoint_seconds": number(0),
     "time_limit": TIME,
@@ -99,6 +109,9 @@ def check(config: Mapping[str, Any]) -> None:
         place = config[group] if group else config
         if key in place:  # `bits` is spent once a configuration is resolved
             kind.check(name, place[key])
+    told = [k for k in ("teacher", "model", "joint") if config["distill"].get(k) is not None]
+    if told and not config["distill"]["weight"]:
+        raise UserError(f"distill.{told[0]} is for distill.weight above 0")
     check_method(config["method"]["name"], config["options"])
 
 
@@ -116,7 +129,7 @@ def check_size(config: Mapping[str, Any], images: int) -> None:
 
     Errors: UserError where a recipe that trains asks for a larger one.
     """
-    parts = ("train", "parent") if config["init"] == "float" or config["distill"]["weight"] else ("train",)
+    parts = ("train", "parent") if needs_parent(config) else ("train",)
     for part in parts:
         recipe = config[part]
         if recipe["batch_size"] > images and (recipe["steps"] or recipe["epochs"]):

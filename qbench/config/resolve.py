@@ -3,11 +3,12 @@
 import importlib
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from qbench.config import bits, layer_bits, options
+from qbench.config import bits, catalog, layer_bits, options
 from qbench.config.catalog import check_method
 from qbench.config.identity import mark, neutral
 from qbench.config.recipe import OPTIMIZERS, Recipe, merge, optimizer_class, unread
@@ -47,6 +48,7 @@ def resolve(config: DictConfig) -> dict[str, Any]:
     assert isinstance(whole, dict)
     plain: dict[str, Any] = {str(k): v for k, v in whole.items() if k != "bits"}
     _check(plain)
+    plain["distill"] = _distill(plain["distill"])
     method, budget = plain["method"], plain["budget"]
     paper = budget["name"] == "paper"
     needs = {**(method.get("needs") or {}), **((method.get("recipe") or {}).get("model", {}) if paper else {})}
@@ -68,6 +70,19 @@ def resolve(config: DictConfig) -> dict[str, Any]:
     method["rules"] = rules if plain["layer_bits"] else [_without_float(rule) for rule in rules]
     plain["budget"] = budget["name"]
     return plain
+
+
+def _distill(given: dict[str, Any]) -> dict[str, Any]:
+    """The distillation with the net of its teacher as conf/model has it.
+
+    Errors: UserError where the teacher is a run, which knows its net, or there is no teacher to which it could belong.
+    """
+    if given["model"] is None:
+        return given
+    if given["teacher"] is None or Path(given["teacher"]).expanduser().is_dir():
+        why = "a run knows its net" if given["teacher"] else "the float parent has the run's own"
+        raise UserError(f"distill.model={given['model']} is for a teacher that is a checkpoint: {why}")
+    return {**given, "model": catalog.read("model", given["model"])}
 
 
 def _training(

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from qbench.config.identity import digest, identity, parent_of
+from qbench.config.identity import digest, identity, needs_parent, parent_of
 from qbench.errors import UserError
 from qbench.papers.cards import Card, Row
 from qbench.records import (
@@ -208,9 +208,11 @@ def key_of(config: Mapping[str, Any], data: Mapping[str, Any], split: Mapping[st
         return None
     if config["init"] not in ("float", "scratch"):
         return None  # a checkpoint is known by its bytes, not by its name
+    if config["distill"].get("teacher"):
+        return None  # as a teacher is
     parent = digest(identity(parent_of(config), data, "scratch"))
     whole = identity(config, data, f"float {parent}" if config["init"] == "float" else "scratch")
-    if config["distill"]["weight"] and config["init"] == "scratch":
+    if config["init"] == "scratch" and needs_parent(config):
         whole["teacher"] = parent
     return digest(whole)
 

@@ -3,7 +3,7 @@
 from fnmatch import fnmatchcase
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qbench.errors import UserError
@@ -14,14 +14,22 @@ from qbench.quant.surgery import activation_quantizers
 
 
 class Distill(Hook):
-    """Add a distillation term from the float parent (arXiv 1503.02531), and weigh the loss from the labels.
+    """Add a distillation term from a teacher, and weigh the loss from the labels.
 
     loss = labels * loss + weight * T^2 * KL(softmax(teacher/T) || softmax(logits/T))
 
-    T^2 keeps the gradient independent of T in size.
+    T^2 keeps the gradient independent of T in size; for Hinton's mixture labels = 1 - weight. A teacher that is frozen
+    is the State's. One that learns beside the student, `teacher`, adds its own cross-entropy and gets no gradient from
+    the student's term; it is evaluated beside it. Apprentice (without a temperature, labels = weight = 0.5): scheme A
+    is a teacher that learns, with the student from scratch; B a frozen one; C a frozen one, the student from its float
+    net. Its third term H(z_T, p_A) is taken with softmax(z_T), whose gradient is that of the divergence.
+
+    Reference: 1503.02531; 1711.05852
     """
 
-    def __init__(self, weight: float = 1.0, temperature: float = 1.0, labels: float = 1.0) -> None:
+    def __init__(
+        self, weight: float = 1.0, temperature: float = 1.0, labels: float = 1.0, teacher: nn.Module | None = None
+    ) -> None:
         super().__init__()
         if weight < 0 or temperature <= 0 or labels < 0:
             raise ValueError(
@@ -29,15 +37,27 @@ class Distill(Hook):
                 f"got weight={weight}, temperature={temperature}, labels={labels}"
             )
         self.weight, self.temperature, self.labels_weight = weight, temperature, labels
+        self.learner = teacher
 
     def loss(self, state: State) -> Tensor | None:
-        if state.teacher is None or state.inputs is None or state.logits is None:
+        teacher = self.learner or state.teacher
+        if teacher is None or state.inputs is None or state.logits is None:
             return None
+        own: Tensor | float = 0.0
+        if self.learner is None:
+            with torch.no_grad():
+                told = teacher(state.inputs).float()
+        else:
+            assert state.labels is not None
+            told = teacher(state.inputs).float()
+            own, told = F.cross_entropy(told, state.labels), told.detach()
         t = self.temperature
-        with torch.no_grad():
-            target = F.log_softmax(state.teacher(state.inputs).float() / t, dim=1)
+        target = F.log_softmax(told / t, dim=1)
         student = F.log_softmax(state.logits.float() / t, dim=1)
-        return self.weight * t * t * F.kl_div(student, target, reduction="batchmean", log_target=True)
+        return own + self.weight * t * t * F.kl_div(student, target, reduction="batchmean", log_target=True)
+
+    def eval_models(self, state: State) -> dict[str, nn.Module]:
+        return {} if self.learner is None else {"teacher": self.learner}
 
 
 class EnableAfter(Hook):

@@ -105,7 +105,7 @@ class StageState:
 class State:
     """What a hook may see. Steps and shares are those of the whole training, `stage` has those of the stage.
 
-    teacher: the float parent, where distillation asks for it. calibration: the calibration images, as batches.
+    teacher: the frozen net of a distillation, where one is asked for. calibration: the calibration images, as batches.
     """
 
     model: nn.Module

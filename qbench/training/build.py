@@ -129,11 +129,12 @@ def make_batches(
     )
 
 
-def distillation(config: Mapping[str, Any]) -> list[Distill]:
-    """The hook that adds the teacher's term to the loss, where the configuration asks for it."""
+def distillation(config: Mapping[str, Any], teacher: nn.Module | None = None) -> list[Distill]:
+    """The hook that adds the teacher's term to the loss, where one is asked for; it owns a teacher that learns."""
+    given = config["distill"]
     with clear_errors("distill"):
-        options = {k: v for k, v in config["distill"].items() if v is not None}
-        return [Distill(**options)] if options["weight"] else []
+        options = {k: given[k] for k in ("weight", "temperature", "labels") if given.get(k) is not None}
+        return [Distill(**options, teacher=teacher if given.get("joint") else None)] if given["weight"] else []
 
 
 @dataclass
@@ -173,7 +174,7 @@ class Assembly:
                 device=self.place,
                 generator=generator,
                 screen=screen or Screen(quiet=True),
-                hooks=distillation(config),
+                hooks=distillation(config, teacher),
                 teacher=teacher,
                 calibration=self.calibration_images(),
                 compile=config["compile"],

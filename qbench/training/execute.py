@@ -16,7 +16,7 @@ from qbench.config.identity import parent_of
 from qbench.config.source import code_hash
 from qbench.errors import UserError
 from qbench.figures.report import tell
-from qbench.records import read_before, sealed, trained
+from qbench.records import RESULT, read_before, read_result, sealed, trained
 from qbench.screen import Screen
 from qbench.training import checkpoint, device, evaluation, precision, trainer
 from qbench.training.build import (
@@ -30,6 +30,7 @@ from qbench.training.build import (
     quantize,
     seed_of,
 )
+from qbench.training.finished import rebuild
 from qbench.training.outcome import summary, write
 from qbench.training.parallel import in_workers
 from qbench.training.recorder import Recorder
@@ -188,12 +189,34 @@ def _check_finite(net: Assembly) -> None:
 
 
 def _teacher(run: Run, screen: Screen, place: torch.device) -> nn.Module | None:
-    """The float parent in eval mode, where distillation asks for it."""
-    if not run.config["distill"]["weight"]:
+    """The teacher where distillation asks for one: frozen and in eval mode, or to be trained beside the student.
+
+    Errors: UserError where it was trained on other data, or gives other classes.
+    """
+    given = run.config["distill"]
+    if not given["weight"]:
         return None
-    teacher = make_model(run.config, run.data)
-    checkpoint.load_weights(teacher, float_parent(run, screen)[0])
-    return place_net(teacher, place, run.config["channels_last"]).eval().requires_grad_(False)
+    path = Path(given["teacher"]).expanduser() if given.get("teacher") else None
+    if path is not None and path.is_dir():
+        theirs, ours = read_result(path / RESULT)["identity"]["data"], run.identity["data"]
+        for key in (
+            "checksum",
+            "mean",
+            "std",
+            "preprocess",
+        ):  # of another split it may know our test images
+            if list(theirs.get(key) or ()) != list(ours.get(key) or ()):
+                raise UserError(f"distill.teacher={path} was trained on other data than this run has ({key} differs)")
+        teacher = rebuild(path)
+    else:
+        teacher = make_model({**run.config, "model": given.get("model") or run.config["model"]}, run.data)
+        if path is not None:
+            for line in checkpoint.load_weights(teacher, path):
+                screen.line(f"  {line}")
+        elif not given.get("joint"):
+            checkpoint.load_weights(teacher, float_parent(run, screen)[0])
+    place_net(teacher, place, run.config["channels_last"])
+    return teacher if given.get("joint") else teacher.eval().requires_grad_(False)
 
 
 def _calibrated(run: Run, net: Assembly, loop: trainer.Trainer, screen: Screen) -> float | None:

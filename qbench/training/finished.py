@@ -10,7 +10,7 @@ from torch import nn
 
 from qbench import kernels
 from qbench.config import allowed
-from qbench.config.identity import parent_of
+from qbench.config.identity import needs_parent, parent_of
 from qbench.config.recipe import Recipe
 from qbench.data import load
 from qbench.errors import UserError, unknown
@@ -113,7 +113,7 @@ def plan(config: dict[str, Any]) -> dict[str, Any]:
         loss.item()  # waits for a GPU
         times.append(time.monotonic() - start)
     steps, parent_steps = sum(part.steps for part in parts(net.method, recipe, len(train))), 0
-    if config["init"] == "float" or config["distill"]["weight"]:
+    if needs_parent(config):
         parent = prepare(parent_of(config), run.data)
         if not any(found.result() for found in parent_places(parent)):
             per_epoch = len(make_batches(parent.config, run.data, run.data.train, place, True))

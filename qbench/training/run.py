@@ -8,7 +8,7 @@ from torch import nn
 
 from qbench import files
 from qbench.config import options
-from qbench.config.identity import digest, folder_name, identity, parent_of
+from qbench.config.identity import digest, folder_name, identity, needs_parent, parent_of
 from qbench.data import DataSet, load
 from qbench.errors import UserError
 from qbench.records import RESULT, read_result
@@ -58,18 +58,22 @@ def prepare(config: dict[str, Any], data: DataSet | None = None) -> Run:
     elif init != "scratch":
         init = files.sha256_file(checkpoint_file(init))
     whole = identity(config, facts, init)
-    if config["distill"]["weight"] and not init.startswith("float "):
-        whole["teacher"] = digest(identity(parent_of(config), facts, "scratch"))
+    if (distill := config["distill"])["weight"]:
+        if distill.get("teacher"):
+            whole["teacher"] = files.sha256_file(checkpoint_file(distill["teacher"], "distill.teacher"))
+        elif not init.startswith("float ") and needs_parent(config):
+            whole["teacher"] = digest(identity(parent_of(config), facts, "scratch"))
     key = digest(whole)
     return Run(config, data, Path(config["out"]) / folder_name(config, key), key, whole)
 
 
-def checkpoint_file(name: str) -> Path:
-    """The weights that `init=name` means: a file, or the model.pt of a run folder."""
-    path = Path(name)
+def checkpoint_file(name: str, option: str = "init") -> Path:
+    """The weights that `init=name`, or another option, means: a file, or the model.pt of a run folder."""
+    path = Path(name).expanduser()
     path = path / "model.pt" if path.is_dir() else path
     if not path.is_file():
-        raise UserError(f"init={name}: neither 'scratch' nor 'float' nor a checkpoint file or run folder")
+        words = "neither 'scratch' nor 'float' nor" if option == "init" else "not"
+        raise UserError(f"{option}={name}: {words} a checkpoint file or run folder")
     return path
 
 

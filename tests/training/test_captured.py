@@ -58,6 +58,7 @@ CASES |= {
     "fda_bnn, whole": ("method=fda_bnn", "options.noise_forward=true"),
     "lsq_plus, no offset": ("method=lsq_plus", "options.offset=false", "options.signed=true"),
     "distilled": ("method=lsq", "distill.weight=0.5"),
+    "distilled from one that learns": ("method=lsq", "distill.weight=0.5", "distill.joint=true"),
     "distilled, no labels": ("method=reactnet", "distill.weight=1"),
 }
 

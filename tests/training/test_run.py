@@ -267,6 +267,54 @@ def test_distillation_uses_the_parent_and_makes_another_run(tiny: Cli, tmp_path:
     assert runs[0]["weights_sha256"] != runs[1]["weights_sha256"]
 
 
+def test_a_teacher_may_be_any_run_or_checkpoint_and_names_the_run(tiny: Cli, tmp_path: Path) -> None:
+    tiny("method=float", "model=mlp", "out=teachers")
+    teacher = folder_of(tmp_path / "teachers", "float")
+    words = (
+        "method=lsq",
+        "bits=4",
+        "init=scratch",
+        "distill.weight=0.7",
+        "distill.labels=0.3",
+        "distill.temperature=2",
+    )
+    one = tiny(*words, f"distill.teacher={teacher}", "out=run")
+    assert one.status == 0, one.err
+    assert "float training" not in one.out  # the parent is not needed
+    weights = f"distill.teacher={teacher / 'model.pt'}"
+    two = tiny(*words, weights, "distill.model=mlp", "out=checkpoint")
+    assert two.status == 0, two.err
+    a, b = result_of(tmp_path / "run", "lsq"), result_of(tmp_path / "checkpoint", "lsq")
+    assert a["weights_sha256"] == b["weights_sha256"]
+    assert a["identity"]["teacher"] == b["identity"]["teacher"]
+    other = tiny(*words, "out=run", "distill.joint=true")
+    assert other.status == 0, other.err
+    assert len({json.loads(p.read_text())["weights_sha256"] for p in (tmp_path / "run").glob("lsq*/result.json")}) == 2
+    assert "fc.weight has shape [10, 512]" in tiny(*words, weights, "out=o").err  # the run's own net does not take it
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("distill.teacher=nowhere", "distill.weight=1"), "distill.teacher must be a run folder or a checkpoint"),
+        (("distill.joint=true",), "distill.joint is for distill.weight above 0"),
+        (("distill.weight=1", "distill.model=mlp"), "distill.model=mlp is for a teacher that is a checkpoint"),
+        (("distill.weight=1", "distill.model=resnett20"), "Did you mean 'resnet20'?"),
+    ],
+)
+def test_a_teacher_that_cannot_be_is_refused(words: tuple[str, ...], said: str, tiny: Cli) -> None:
+    found = tiny("method=lsq", "bits=4", *words, "plan=true")
+    assert found.status == 2
+    assert said in found.err
+
+
+def test_a_teacher_of_other_data_is_refused(tiny: Cli, tmp_path: Path) -> None:
+    tiny("method=float", "dataset.train_size=90", "out=teachers")
+    said = tiny("method=lsq", "distill.weight=1", f"distill.teacher={folder_of(tmp_path / 'teachers', 'float')}")
+    assert said.status == 2
+    assert "was trained on other data" in said.err
+
+
 def test_bf16_runs(tiny: Cli, tmp_path: Path) -> None:
     said = tiny("method=pact", "bits=4", "precision=bf16", "out=o")
     assert said.status == 0, said.err

@@ -148,6 +148,35 @@ def test_distillation_by_hand() -> None:
     assert Distill().loss(state).item() == pytest.approx(0, abs=1e-7)  # type: ignore[union-attr]
 
 
+def test_a_teacher_that_learns_adds_its_own_loss_and_gets_no_gradient_from_the_students() -> None:
+    """Apprentice, scheme A: CE(y, teacher) + gamma KL(teacher || student); the teacher's scale s gives logits s x."""
+
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.s = nn.Parameter(torch.tensor(1.0))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.s * x
+
+    x, labels, logits = torch.tensor([[2.0, 0.0]]), torch.tensor([0]), torch.zeros(1, 2, requires_grad=True)
+    hook = Distill(weight=0.5, labels=0.5, teacher=Scale())
+    state = State(nn.Identity(), torch.Generator(), inputs=x, labels=labels, logits=logits)
+    found = hook.loss(state)
+    assert found is not None
+    p = 1 / (1 + math.exp(-2.0))
+    divergence = p * math.log(p / 0.5) + (1 - p) * math.log((1 - p) / 0.5)
+    assert found.item() == pytest.approx(-math.log(p) + 0.5 * divergence, rel=1e-5)
+    found.backward()  # type: ignore[no-untyped-call]
+    assert logits.grad is not None
+    assert logits.grad.flatten().tolist() == pytest.approx([0.5 * (0.5 - p), 0.5 * (p - 0.5)], rel=1e-5)
+    (s,) = hook.parameters()
+    assert s.grad is not None
+    assert s.grad.item() == pytest.approx(2 * (p - 1), rel=1e-5)  # of its cross-entropy alone
+    assert hook.labels_weight == 0.5
+    assert list(hook.eval_models(state)) == ["teacher"]
+
+
 # --- parameter groups
 
 
