@@ -50,9 +50,10 @@ class LSQPlusWeight(LSQ):
 
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:
-        std, mean = torch.std_mean(x.float())
-        if std > 0:  # else the tensor is one number, and any step does
-            self.step.copy_(torch.maximum((mean - 3 * std).abs(), (mean + 3 * std).abs()) / 2 ** (int(self.bits) - 1))
+        std, mean = torch.std_mean(x.float(), correction=min(1, x.numel() - 1))
+        step = torch.maximum((mean - 3 * std).abs(), (mean + 3 * std).abs()) / 2 ** (int(self.bits) - 1)
+        if step > 0:  # else all weights are 0, and any step does
+            self.step.copy_(step)
 
 
 class LSQPlusInput(LSQ):
