@@ -66,7 +66,7 @@ class LSQPlusInput(LSQ):
 
     Start: s and o of a least squared error over a sample of the calibration images. From the range of `ranges.mse` on,
     the codes of a grid and the least squares line through these codes take turns, neither of which can increase the
-    error. The paper minimises it too; by which steps was not seen.
+    error. The paper minimises it too, by gradients over a few batches.
 
     Args:
         bits: 2..16
