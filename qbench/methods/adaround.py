@@ -86,9 +86,10 @@ class Activation(Uniform):
     """A grid for activations that, while a unit is learned, may learn its step and let values pass.
 
     With `drop` above 0 each value is left in float with that probability. Where the step is learned its gradient is
-    round(x / step) - x / step inside, and the lowest or highest code (less zero) outside.
+    round(x / step) - x / step where the code needs no clipping, so up to half a step beyond either end, as in QDrop's
+    code, and the lowest or highest code (less zero) farther out.
 
-    Reference: 2203.05740; 1902.08153 Eq. 3
+    Reference: 2203.05740; 1902.08153 Sec. 2, where the ends themselves are the bounds
     """
 
     drop = 0.0
@@ -129,14 +130,16 @@ class Reconstruct:
     Args:
         unit: layer, or block (BRECQ, QDrop)
         iterations: for each unit, on `batch_size` images each
-        lr: of V; None is 10 / iterations, so that V gets equally far: 1e-3, Adam's default, for 10,000
+        lr: of V; None is 1e-3, Adam's default, as in the papers, and with fewer than 10,000 iterations 10 / iterations,
+            so that V gets equally far
         regularise: lambda
         beta: first and last exponent of the regulariser, falling linearly after the `warmup` share without it
         asymmetric: false takes x from the float net (2004.10568 Eq. 21)
         activations: quantize activations while the rounding is learned; false: only when all is done
         fisher: weigh each value by its squared gradient; f is the identity then, as the gradient knows what follows
         drop: share of the activations, and of x, that are the float net's in an iteration (QDrop: 0.5)
-        step_lr: rate at which the steps of activations are learned; 0: they are not (QDrop: 4e-5)
+        step_lr: rate at which the steps of activations are learned; 0: they are not (QDrop: 4e-5; in its code the rate
+            falls to 0 along a cosine, here it stays)
 
     Raises:
         ValueError: an argument out of range, or `drop` or `step_lr` without `activations`
@@ -171,7 +174,7 @@ class Reconstruct:
         if (drop or step_lr) and not activations:
             raise ValueError("drop and step_lr are for quantized activations: they need activations=true")
         self.iterations, self.batch_size, self.step_lr = iterations, batch_size, step_lr
-        self.lr = 10 / iterations if lr is None else lr
+        self.lr = max(1e-3, 10 / iterations) if lr is None else lr
         self.regularise, self.beta, self.warmup, self.drop = regularise, beta, warmup, drop
         self.asymmetric, self.activations, self.fisher = asymmetric, activations, fisher
 

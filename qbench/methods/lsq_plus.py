@@ -50,9 +50,10 @@ class LSQPlusWeight(LSQ):
 
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:
-        std, mean = torch.std_mean(x.float())
-        if std > 0:  # else the tensor is one number, and any step does
-            self.step.copy_(torch.maximum((mean - 3 * std).abs(), (mean + 3 * std).abs()) / 2 ** (int(self.bits) - 1))
+        std, mean = torch.std_mean(x.float(), correction=min(1, x.numel() - 1))
+        step = torch.maximum((mean - 3 * std).abs(), (mean + 3 * std).abs()) / 2 ** (int(self.bits) - 1)
+        if step > 0:  # else all weights are 0, and any step does
+            self.step.copy_(step)
 
 
 class LSQPlusInput(LSQ):
@@ -65,7 +66,7 @@ class LSQPlusInput(LSQ):
 
     Start: s and o of a least squared error over a sample of the calibration images. From the range of `ranges.mse` on,
     the codes of a grid and the least squares line through these codes take turns, neither of which can increase the
-    error. The paper minimises it too; by which steps was not seen.
+    error. The paper minimises it too, by gradients over a few batches.
 
     Args:
         bits: 2..16

@@ -33,7 +33,7 @@ def shifted(x: Tensor) -> Tensor:
 def squared_error(logits: Tensor, labels: Tensor) -> Tensor:
     """1/2 sum (onehot - logits)^2 over classes and batch: a sum, as in the paper; Eq. 9 takes its size away anyway.
 
-    logits: [N, classes], labels: [N]. Gradient logits - onehot. Reference: arXiv 1802.04680, Sec. 4.1
+    logits: [N, classes], labels: [N]. Gradient logits - onehot. Reference: arXiv 1802.04680, Sec. 3.4
     """
     onehot = labels.unsqueeze(1) == torch.arange(logits.shape[1], device=labels.device)
     return (onehot.to(logits.dtype) - logits).square().sum() / 2

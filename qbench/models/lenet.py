@@ -16,6 +16,7 @@ class LeNet5(nn.Sequential):
         size: side of an image in pixels, at least 4 with padding and 16 without
         width: multiplier of the channels and of the hidden layer
         batch_norm: put a batch-norm (in place of the bias) before each ReLU; None is no
+        pool_first: conv - pool - batch-norm - ReLU, where None or false is conv - batch-norm - ReLU - pool
         padding: 2 keeps the image size (28 pixels come down to 14 and 7); 0 shrinks it (12 and 4), as the code of the
             TWN authors does
 
@@ -33,6 +34,7 @@ class LeNet5(nn.Sequential):
         size: int,
         width: float = 1.0,
         batch_norm: bool | None = None,
+        pool_first: bool | None = None,
         padding: int = 2,
     ) -> None:
         if padding not in (0, 2):
@@ -45,15 +47,16 @@ class LeNet5(nn.Sequential):
         def norm(name: str, layer: nn.Module) -> dict[str, nn.Module]:
             return {name: layer} if batch_norm else {}
 
+        def behind(i: int, channels: int) -> dict[str, nn.Module]:
+            pool: dict[str, nn.Module] = {f"pool{i}": nn.MaxPool2d(2)}
+            activation = {**norm(f"bn{i}", nn.BatchNorm2d(channels)), f"relu{i}": nn.ReLU()}
+            return {**pool, **activation} if pool_first else {**activation, **pool}
+
         modules = named(
             conv1=nn.Conv2d(channels, one, 5, padding=padding, bias=bias),
-            **norm("bn1", nn.BatchNorm2d(one)),
-            relu1=nn.ReLU(),
-            pool1=nn.MaxPool2d(2),
+            **behind(1, one),
             conv2=nn.Conv2d(one, two, 5, padding=padding, bias=bias),
-            **norm("bn2", nn.BatchNorm2d(two)),
-            relu2=nn.ReLU(),
-            pool2=nn.MaxPool2d(2),
+            **behind(2, two),
             flatten=nn.Flatten(),
             fc1=nn.Linear(two * side * side, hidden, bias=bias),
             **norm("bn3", nn.BatchNorm1d(hidden)),

@@ -21,6 +21,7 @@ class VGGSmall(nn.Sequential):
         preactivation: true: conv - pool - batch-norm - ReLU, so that a batch-norm and activation stand right
             before each next conv and pooling sees no binary values (a maximum of signs is nearly always +1);
             None or false: conv - batch-norm - ReLU - pool
+        pool_first: true: the same order, for who asks nothing of nets with residuals
         hidden: units of each hidden layer, linear - batch-norm - ReLU, between the convs and the last layer
 
     Raises:
@@ -38,12 +39,13 @@ class VGGSmall(nn.Sequential):
         size: int,
         width: float = 1.0,
         preactivation: bool | None = None,
+        pool_first: bool | None = None,
         hidden: Sequence[int] = (),
     ) -> None:
         check(channels, classes, size, width, smallest=8)
         if any(units < 1 for units in hidden):
             raise ValueError(f"hidden must hold numbers >= 1, got {list(hidden)}")
-        pool_first = bool(preactivation)
+        pool_first = bool(preactivation or pool_first)
         modules = named()
         before = channels
         for i, planned in enumerate((128, 128, 256, 256, 512, 512), start=1):

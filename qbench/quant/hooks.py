@@ -3,6 +3,7 @@
 from fnmatch import fnmatchcase
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -116,7 +117,8 @@ class QuantizeUpdate(Hook):
     After each step w = Q(w) for the weight (the latent) and bias of every QuantLayer; also before the first step, so
     that training starts on the grid. With nearest rounding an update below half a step is lost for good; with
     stochastic rounding it happens with the right probability. Batch-norm's scale, shift and statistics and the
-    parameters of quantizers stay in float.
+    parameters of quantizers stay in float. With several workers all hold what the first one's random numbers make of
+    it; each rounds the gradient of its own share of the batch, and the mean of these is not rounded again.
 
     Args:
         quantizer: factory of Q, called with (this hook, 'update')
@@ -135,10 +137,19 @@ class QuantizeUpdate(Hook):
     def _stored(self, state: State) -> list[Tensor]:
         return [p for _, layer in quant_layers(state.model) for p in (layer.weight, layer.bias) if p is not None]
 
+    def _round(self, values: list[Tensor]) -> None:
+        """Put each on the grid, in place; those of the first worker count."""
+        for value in values:
+            value.copy_(self.quantizer(value))
+        if dist.is_initialized() and values:
+            flat = torch.cat([value.flatten() for value in values])
+            dist.broadcast(flat, 0)
+            for value, first in zip(values, flat.split([value.numel() for value in values]), strict=True):
+                value.copy_(first.view(value.shape))
+
     @torch.no_grad()
     def before_train(self, state: State) -> None:
-        for p in self._stored(state):
-            p.copy_(self.quantizer(p))
+        self._round(self._stored(state))
 
     @torch.no_grad()
     def after_backward(self, state: State) -> None:
@@ -149,9 +160,10 @@ class QuantizeUpdate(Hook):
 
     @torch.no_grad()
     def after_step(self, state: State) -> None:
+        values: list[Tensor] = []
         for p in self._stored(state):
-            p.copy_(self.quantizer(p))
+            values.append(p)
             if self.momentum and state.optimizer is not None:
-                for value in state.optimizer.state.get(p, {}).values():
-                    if isinstance(value, Tensor) and value.shape == p.shape:
-                        value.copy_(self.quantizer(value))
+                moments = state.optimizer.state.get(p, {}).values()
+                values += [m for m in moments if isinstance(m, Tensor) and m.shape == p.shape]
+        self._round(values)

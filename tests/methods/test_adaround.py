@@ -115,6 +115,13 @@ def test_beta_falls_from_20_to_2_after_a_fifth_without() -> None:
     assert [act.beta_at(i) for i in range(2, 11)] == pytest.approx([20 - 18 * i / 8 for i in range(9)])
 
 
+@pytest.mark.parametrize(("iterations", "lr"), [(500, 0.02), (10_000, 1e-3), (20_000, 1e-3)])
+def test_the_rate_is_adams_own_where_there_is_time(iterations: int, lr: float) -> None:
+    """1e-3 in the papers, for 10,000 iterations (AdaRound) and for 20,000 (BRECQ, QDrop)."""
+    assert Reconstruct(iterations=iterations).lr == pytest.approx(lr)
+    assert Reconstruct(iterations=iterations, lr=0.3).lr == 0.3
+
+
 def test_learning_begins_at_the_float_weight() -> None:
     weight = torch.tensor([[0.3, -0.3, 1.75, -2.0, 3.0]])
     _, layer = one_layer(weight)
@@ -367,12 +374,12 @@ def test_fisher_weights_by_hand() -> None:
 
 
 def test_a_learned_step_has_the_gradient_of_lsq() -> None:
-    """round(x / s) - x / s inside, the end's code outside: codes 0..15 less the zero point."""
+    """round(x / s) - x / s to half a step beyond the ends, then the end's code: codes 0..15 less the zero point."""
     q = Activation(nn.Linear(1, 1), "input", bits=4)
     q.step.fill_(0.1)
     q.zero.fill_(4.0)
     q.step.requires_grad_()
-    for x, want in ((0.52, 5 - 5.2), (-0.13, -1 + 1.3), (9.0, 11.0), (-9.0, -4.0)):
+    for x, want in ((0.52, 5 - 5.2), (-0.13, -1 + 1.3), (1.13, 11 - 11.3), (1.17, 11.0), (9.0, 11.0), (-9.0, -4.0)):
         (found,) = torch.autograd.grad(q(torch.tensor([x])).sum(), q.step)
         assert float(found) == pytest.approx(want, abs=1e-4), x
     assert q.kernel(torch.Size([1])) is None

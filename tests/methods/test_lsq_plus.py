@@ -92,6 +92,18 @@ def test_a_weight_starts_at_three_standard_deviations() -> None:
     assert quantizer.step.item() > 0
 
 
+@pytest.mark.parametrize("weight", [[[0.01] * 4], [[-0.01]]])
+def test_equal_weights_start_at_their_mean(weight: list[list[float]]) -> None:
+    """std 0: the step is |mean| / 2^3, and w_hat 8 steps below 0 or, where these end, 7 above."""
+    w = torch.tensor(weight)
+    quantizer = LSQPlusWeight(nn.Linear(w.numel(), 1), "weight", bits=4)
+    quantizer.calibrate(w)
+    quantizer.finish_calibration()
+    assert quantizer.step.item() == pytest.approx(0.01 / 8)
+    hat = 0.01 * 7 / 8 if weight[0][0] > 0 else -0.01
+    assert quantizer(w).flatten().tolist() == pytest.approx([hat] * w.numel())
+
+
 @pytest.mark.parametrize("signed", [True, False])
 def test_an_input_that_lies_on_a_grid_starts_on_it(signed: bool) -> None:
     quantizer = made(signed=signed)

@@ -260,6 +260,37 @@ def test_the_paper_s_net_holds_integers_alone(options: dict[str, object]) -> Non
         assert wage.on_grid(seen[name].detach(), 8).equal(seen[name].detach()), name
 
 
+def test_errors_go_to_the_maximum_of_a_window_and_not_to_another_of_its_code() -> None:
+    """Pooling, scale, activation (Sec. 3.3.2): a maximum of what is not quantized yet, so that few are equal."""
+    astray = {}
+
+    def look(m: nn.Module, args: Any, y: Tensor) -> None:
+        seen.append(y)
+        y.register_hook(seen.append)
+
+    for first in (True, None):
+        seen: list[Tensor] = []
+        torch.manual_seed(0)
+        net = LeNet5(channels=1, classes=10, size=28, padding=0, pool_first=first)
+        surgery.quantize(net, method().rules)
+        net.conv2.register_forward_hook(look)
+        with quantized_weights(net):
+            wage.squared_error(net(torch.rand(4, 1, 28, 28) * 2 - 1), torch.arange(4)).backward()
+        y, error = seen
+        _, places = nn.functional.max_pool2d(y, 2, return_indices=True)
+        highest = torch.zeros_like(y).flatten(2).scatter(2, places.flatten(2), 1.0).view_as(y)
+        assert (error * highest).any()
+        astray[first] = bool((error * (1 - highest)).any())
+    assert astray == {True: False, None: True}
+
+
+@pytest.mark.parametrize(("net", "order"), [("lenet5", True), ("vgg7", True), ("resnet20", None)])
+def test_nets_that_have_the_choice_pool_first(net: str, order: bool | None) -> None:
+    config = resolve_row(["method=wage", f"model={net}"])
+    assert config["model"].get("pool_first") is order
+    assert config["model"].get("preactivation") is None
+
+
 @pytest.mark.parametrize("words", [(), ("options.g_bits=12",), ("options.start_bits=2", "options.clip_bits=2")])
 def test_nothing_is_trained_in_float_behind_the_back(words: tuple[str, ...], tmp_path: Path) -> None:
     loop = trainer(tmp_path, "train.steps=3", *words)

@@ -246,6 +246,20 @@ def test_order_of_vgg_small():
     assert orders[None] == orders[False] == ["conv2", "bn2", "relu2", "pool1"]
 
 
+@pytest.mark.parametrize("net", [partial(LeNet5, batch_norm=True), VGGSmall])
+def test_pooling_before_batch_norm_and_relu_for_who_asks(net):
+    orders = {}
+    for first in (None, True, False):
+        made = net(channels=3, classes=10, size=8, width=0.1, pool_first=first)
+        number = "1" if isinstance(made, LeNet5) else "2"
+        parts = (f"conv{number}", f"bn{number}", f"relu{number}", "pool1")
+        orders[first] = [key.rstrip("0123456789") for key, _ in made.named_children() if key in parts]
+    assert orders[True] == ["conv", "pool", "bn", "relu"]
+    assert orders[None] == orders[False] == ["conv", "bn", "relu", "pool"]
+    preactivation = VGGSmall(channels=3, classes=10, size=8, width=0.1, preactivation=True, pool_first=False)
+    assert [key for key, _ in preactivation.named_children()][2:5] == ["relu1", "conv2", "pool1"]
+
+
 def test_width_multiplies_the_channels():
     assert ResNetCIFAR(channels=3, classes=10, size=8, depth=8, width=2).fc.in_features == 128
     assert VGGSmall(channels=3, classes=10, size=8, width=0.5).conv6.out_channels == 256

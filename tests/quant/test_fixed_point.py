@@ -1,9 +1,11 @@
 """Fixed point <IL, FL> and weights stored on a grid (arXiv 1502.02551)."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -189,3 +191,36 @@ def test_gradients_and_momentum_on_the_grid_when_asked() -> None:
     assert on_grid(grad, 3)
     assert on_grid(optimizer.state[net.get_parameter("0.weight")]["momentum_buffer"])
     assert not on_grid(optimizer.state[net.get_parameter("1.weight")]["momentum_buffer"])
+
+
+@pytest.mark.parametrize("momentum", [False, True])
+def test_workers_hold_what_the_first_one_rounded(momentum: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each draws numbers of its own, which would carry their weights and momenta apart."""
+    sent: list[Tensor] = []
+
+    def step(rank: int, flow: Callable[[Tensor], object] | None) -> list[Tensor]:
+        """All that is stored after one step; `flow` is what the other workers see of it."""
+        torch.manual_seed(0)
+        net = nn.Sequential(QuantLayer(nn.Linear(5, 4)), QuantLayer(nn.Linear(4, 3, bias=False)))
+        hook = QuantizeUpdate(lambda owner, site: fixed(8, fraction=6, rounding="stochastic"), momentum=momentum)
+        hook.quantizer.generator = torch.Generator().manual_seed(rank)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+        state = State(model=net, generator=torch.Generator(), optimizer=optimizer)
+        monkeypatch.setattr(dist, "is_initialized", lambda: flow is not None)
+        monkeypatch.setattr(dist, "broadcast", lambda flat, source: flow(flat) if source == 0 and flow else None)
+        hook.before_train(state)
+        for p in net.parameters():
+            p.grad = torch.full_like(p, 0.3)
+        optimizer.step()
+        hook.after_step(state)
+        moments = [optimizer.state[p]["momentum_buffer"] for p in net.parameters()]
+        return [p.detach() for p in net.parameters()] + moments * momentum
+
+    alone = [step(rank, None) for rank in (0, 1)]
+    assert not any(a.equal(b) for a, b in zip(*alone, strict=True))
+    first = step(0, lambda flat: sent.append(flat.clone()))
+    other = step(1, lambda flat: flat.copy_(sent.pop(0)))
+    assert not sent
+    for a, b, c in zip(first, other, alone[0], strict=True):
+        assert a.equal(b)
+        assert a.equal(c)

@@ -51,7 +51,8 @@ def fisher(model: nn.Module, unit: nn.Module, batches: Iterable[tuple[Tensor, Te
     """(dL/dz)^2 of each value z that the unit gives, over the mean of all; L is the cross-entropy of z's own image.
 
     The shape is that of the output in `passes.layer_io`. Reference: 2102.05426 Eq. 10; that their mean is 1 is ours, so
-    that the regulariser keeps its weight.
+    that the regulariser keeps its weight. For L the authors' code has the divergence from the float net's classes,
+    which needs no labels, and it adds 1 to |dL/dz|.
     """
     found: list[Tensor] = []
 
