@@ -41,6 +41,7 @@ OPEN = (int, float, type(None))
 NAMES = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", dict: "a mapping"}
 NAMES |= {list: "a list", type(None): "null"}
 COUNTS = {"counts": [int], "values?": [NUMBER], "lo?": OPEN, "hi?": OPEN}
+HISTOGRAM = {"latent": COUNTS, "quantized": COUNTS, "codes": (dict, type(None))}
 DATA = {"name": str, "checksum": str, "augment": str, "mean?": [NUMBER], "std?": [NUMBER], "preprocess?": str}
 # Shapes: a type or several; {field: shape}, where "field?" may be missing; [shape] of a list; Each(shape).
 RESULT_SHAPE: dict[str, Any] = {
@@ -49,7 +50,8 @@ RESULT_SHAPE: dict[str, Any] = {
     **dict.fromkeys(("accuracy_last", "accuracy_best", "epoch_best", "float_accuracy"), OPEN),
     **dict.fromkeys(("accuracy_before_training", "epochs?", "seconds_total?", "images_per_s?"), OPEN),
     **dict.fromkeys(("code?", "version?", "torch?", "device?", "kernels?", "precision?", "weights_sha256?"), str),
-    **dict.fromkeys(("seed", "bytes"), int),
+    **dict.fromkeys(("seed", "bytes", "threads?"), int),
+    "resumed?": [dict],
     "identity": {"data": DATA, "method?": {"rules?": list}},
     "files?": Each(str),
 }
@@ -72,7 +74,7 @@ RECORD_SHAPE: dict[str, Any] = {
     **dict.fromkeys(("accuracy?", "loss?", "lr?"), OPEN),
     "traces?": dict,
     "telemetry?": Each(Each(OPEN)),
-    "histograms?": Each({"latent": COUNTS, "quantized": COUNTS, "codes": (dict, type(None))}),
+    **dict.fromkeys(("histograms?", "activations?"), Each(HISTOGRAM)),
 }
 
 

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from copy import deepcopy
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
@@ -25,8 +26,11 @@ from qbench.quant.grid import Affine, Grid
 from qbench.quant.layers import QuantLayer, quant_layers, quantized_weights
 from qbench.quant.method import Method
 from qbench.quant.quantizer import Quantizer, evaluating
+from qbench.records import read_metrics
 from qbench.training import checkpoint, optim, trainer
 from qbench.training.build import assemble, make_batches, make_model
+from qbench.training.recorder import Recorder
+from qbench.training.telemetry import record_activations
 
 FILES = sorted((catalog.conf_folder() / "method").glob("*.yaml"))
 NAMES = [path.stem for path in FILES if path.stem not in catalog.aliases()]
@@ -418,11 +422,16 @@ def test_one_pass_over_all_weights_equals_each_layer_alone(case: Case) -> None:
         assert eval_logits(case.model, case.x).equal(alone)
 
 
-def test_evaluation_is_deterministic_and_changes_nothing(case: Case) -> None:
+def test_evaluation_is_deterministic_and_changes_nothing(case: Case, tmp_path: Path) -> None:
     case.loop.train()
     before = {k: v.clone() for k, v in case.model.state_dict().items() if isinstance(v, Tensor)}
     first = eval_logits(case.model, case.x)
     assert first.isfinite().all()
+    with closing(Recorder(tmp_path / "activations", tensorboard=False)) as recorder:
+        record_activations(case.model, case.loop.state, recorder)
+    found = [*read_metrics(recorder.folder), {"activations": {}}][0]["activations"]
+    assert len(found) == sum(q.enabled for q in surgery.activation_quantizers(case.model).values())
+    assert all(h["count"] and not h["nonfinite"] and h["codes"]["distinct"] <= h["levels"] for h in found.values())
     assert eval_logits(case.model, case.x).equal(first)
     for key, value in case.model.state_dict().items():
         assert not isinstance(value, Tensor) or value.equal(before[key])

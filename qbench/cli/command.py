@@ -224,7 +224,13 @@ def _own_folder(flags: Sequence[str]) -> Path | None:
 
 
 def job(config: "DictConfig") -> int | float:
-    """One run, for Hydra: the exit status alone, the objective (test accuracy of the last epoch) in a sweep."""
+    """One run, for Hydra: the exit status alone, in a sweep what a search maximises.
+
+    That is the test accuracy of the last epoch in percent, and 0, the worst there is, of a run that failed or that the
+    method does not have: a search goes on after it. What was not computed because the sweep is stopping is an error.
+
+    Errors: in a search alone, Interrupted, and UserError where it would look for the worst net.
+    """
     from qbench.config.resolve import NotApplicable, resolve
 
     if SWEEP not in os.environ:
@@ -240,11 +246,15 @@ def job(config: "DictConfig") -> int | float:
     at = HydraConfig.get()
     words = [o.removeprefix("++") for o in at.overrides.task]
     cell = Cell.begin(at.job.num, words)
+    search = at.runtime.choices.get("hydra/sweeper", "basic") != "basic"
+    if search and "minimize" in str(at.sweeper.get("direction")):
+        raise UserError("hydra.sweeper.direction=maximize is needed: what a search looks at is the test accuracy")
     if cell.settled:
-        return float("nan")
+        return _objective(cell.settled, search)
     bits = config.bits or "/".join(str(config[k] or "-") for k in ("w_bits", "a_bits"))
     names = [config[group].name for group in ("method", "model", "dataset", "budget")]
     note: dict[str, Any] = {"overrides": words, "status": "done", "out": str(config.out)}
+    note["figures"] = str(config.figures)
     note["cells"] = [names[0], str(bits), *names[1:]]
     try:
         check_options(at.runtime.choices["method"], at.overrides.task)
@@ -262,7 +272,14 @@ def job(config: "DictConfig") -> int | float:
     if "error" in note:
         cell.screen.line(f"  {note['status']}: {note['error']}")
     cell.end(note)
-    return float((note.get("result") or {}).get("accuracy_last") or float("nan"))
+    return _objective(note, search)
+
+
+def _objective(note: dict[str, Any], search: bool) -> float:
+    """See `job`. No optimizer takes NaN as a value, and a trial that was never begun must not stand in its memory."""
+    if search and note["status"] == "stopped":
+        raise Interrupted(note["error"])
+    return float((note.get("result") or {}).get("accuracy_last") or 0.0)
 
 
 def _cell(config: dict[str, Any], screen: Screen) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from qbench.errors import UserError
 from qbench.figures import report
 from qbench.files import atomic_write
 from qbench.screen import Screen, say, speak_any_encoding
-from qbench.training.interrupt import SIGNALS, SWEEP, handling, status, stop_sweep, sweep_stopped
+from qbench.training.interrupt import SIGNALS, SWEEP, Interrupted, handling, status, stop_sweep, sweep_stopped
 
 TRIES = 2  # times that a run is begun whose worker is killed
 NEEDED = ("qbench.training.run", "torch._dynamo", "torch.utils.tensorboard.writer", "matplotlib.backends.backend_agg")
@@ -35,23 +35,22 @@ class Cell:
 
     number: int
     screen: Screen
-    settled: bool = False  # whether there is nothing to do
+    settled: dict[str, Any] | None = None  # what is noted of it, where there is nothing to do
 
     @classmethod
     def begin(cls, number: int, words: Sequence[str]) -> "Cell":
         """Begin it: where it is noted already (by a pool of workers that broke), or may not begin, it is settled."""
         pool = current_process().name != "MainProcess"
         cell = cls(number, Screen(label=f"[{number + 1}] " if pool else ""))
-        if cell._note.exists():
-            return replace(cell, settled=True)
+        noted = json.loads(cell._note.read_text(encoding="utf-8")) if cell._note.exists() else {}
+        if noted.get("overrides") == [*words]:  # a search that begins anew may try something else under this number
+            return replace(cell, settled=noted)
         tries = cell._note.with_suffix(".begun")
         begun = len(tries.read_bytes()) if tries.exists() else 0
         if begun >= TRIES:
-            cell.end({**_nothing(words), "status": "failed", "error": f"lost: its worker was killed {begun} times"})
-            return replace(cell, settled=True)
+            return cell._settled(words, "failed", f"lost: its worker was killed {begun} times")
         if sweep_stopped():
-            cell.end({**_nothing(words), "status": "stopped", "error": "not begun"})
-            return replace(cell, settled=True)
+            return cell._settled(words, "stopped", "not begun")
         with tries.open("ab") as file:
             file.write(b".")
         say(f"\n[{number + 1}] {' '.join(words)}")
@@ -60,6 +59,11 @@ class Cell:
     @property
     def _note(self) -> Path:
         return Path(os.environ[SWEEP]) / f"{self.number:05d}.json"
+
+    def _settled(self, words: Sequence[str], status: str, error: str) -> "Cell":
+        note = {**_nothing(words), "status": status, "error": error}
+        self.end(note)
+        return replace(self, settled=note)
 
     def end(self, note: dict[str, Any]) -> None:
         """Note what it came to."""
@@ -95,6 +99,8 @@ def _done(run: Callable[[], Any], overrides: Sequence[str]) -> bool:
     try:
         with workers(overrides):
             run()
+    except Interrupted:  # out of a search, which was asked to stop; its notes say so
+        return True
     except Exception as error:
         if type(error).__name__ not in ("TerminatedWorkerError", "BrokenProcessPool"):
             raise
@@ -208,7 +214,8 @@ def _leave(notes: list[dict[str, Any]], results: list[dict[str, Any]], others: l
     try:
         for form, ending in (("md", "md"), ("csv", "csv"), ("json", "json")):
             atomic_write(base.with_suffix(f".{ending}"), report.table(results, others, form) + "\n")
-        sweep(base.with_suffix(".png"), results)
-        say(f"table and picture: {base}.md .csv .json .png")
+        form = notes[0].get("figures", "png")
+        sweep(base.with_suffix(f".{form}"), results, forms=(form,))
+        say(f"table and picture: {base}.md .csv .json .{form}")
     except UserError as error:
         print(f"qbench: {error}", file=sys.stderr)

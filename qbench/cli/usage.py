@@ -27,8 +27,12 @@ Options, as name=value (conf/config.yaml holds all of them):
   seed=  precision=fp32|tf32|bf16|auto  device=auto|cpu|cuda  graph=auto  workers=  threads=  out=DIR
   plan=true                             print configuration, manifest and time, and run nothing
   time_limit=90s|8m|1.5h|2d             save the state and end before so long (a whole sweep too), with exit status 124
+  force=true                            compute a finished run anew; what was there is kept beside it as FOLDER.old-1
+  figures=png|svg|pdf                   format of a run's pictures; those of a finished run are drawn from its files
   debug=true                            show tracebacks
   hydra/launcher=joblib                 (with -m) runs side by side, one thread each
+  hydra/sweeper=optuna                  (with -m, hydra.sweeper.direction=maximize) a search by test accuracy, where
+                                        hydra-optuna-sweeper is installed; a run that failed counts as 0 %
 
 Paths and names (out, init, name, dataset.root) are taken as typed: spaces, =, (, # and letters of any kind. A ~ in
 front is your home folder; in a sweep a comma parts values unless it stands in quotes.

@@ -47,6 +47,7 @@ def parent_of(config: Mapping[str, Any]) -> dict[str, Any]:
         "init": "scratch",
         "init_head": None,
         "layer_bits": None,
+        "force": False,
         "protocol": "paper",
         "kernels": "auto",  # one parent for all tiers
         "train": config["parent"],

@@ -15,6 +15,7 @@ from qbench.config.recipe import FIELDS, KERNELS, PRECISIONS
 from qbench.errors import UserError, unknown
 
 PROTOCOLS = ("paper", "uniform")
+PICTURES = ("png", "svg", "pdf")
 MOST = 1024  # threads or processes: far above it the system refuses them, or OpenMP dies
 
 
@@ -68,6 +69,8 @@ OPTIONS: dict[str, Kind] = {
     "checkpoint_seconds": number(0),
     "time_limit": TIME,
     "tensorboard": truth(),
+    "figures": one_of(*PICTURES),
+    "force": truth(),
     "plan": truth(),
     "debug": truth(),
 }

@@ -3,7 +3,7 @@
 import importlib
 import inspect
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -226,17 +226,21 @@ def _taken(path: str) -> list[str]:
     return [k for k in OF_OPTIMIZER if k in parameters]
 
 
-def unread(given: Mapping[str, Any], recipe: Recipe) -> str:
-    """Why `recipe` does not read a field that the user has `given`: what it takes, and what takes it; else nothing.
+def unread(given: Mapping[str, Any], recipes: Sequence[Recipe]) -> str:
+    """Why none of `recipes` reads a field that was `given`: what the first takes, and what takes it; else nothing.
 
     A value that switches its field off (0, false, null) asks for nothing.
     """
-    for key, value in given.items():
-        for what, table in (("optimizer", OF_OPTIMIZER), ("loss", OF_LOSS), ("schedule", OF_SCHEDULE)):
-            chosen = getattr(recipe, what)
-            if not value or key not in table or chosen in table[key]:
-                continue
-            if what == "optimizer" and chosen not in OPTIMIZERS and key in _taken(chosen):
-                continue
-            return f"{key}={value} is not read with {what}={chosen}; it is for {what}={' or '.join(table[key])}"
+    reasons = ([_unread(key, value, recipe) for recipe in recipes] for key, value in given.items() if value)
+    return next((why[0] for why in reasons if all(why)), "")
+
+
+def _unread(key: str, value: Any, recipe: Recipe) -> str:
+    for what, table in (("optimizer", OF_OPTIMIZER), ("loss", OF_LOSS), ("schedule", OF_SCHEDULE)):
+        chosen = getattr(recipe, what)
+        if key not in table or chosen in table[key]:
+            continue
+        if what == "optimizer" and chosen not in OPTIMIZERS and key in _taken(chosen):
+            continue
+        return f"{key}={value} is not read with {what}={chosen}; it is for {what}={' or '.join(table[key])}"
     return ""

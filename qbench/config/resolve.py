@@ -18,6 +18,7 @@ from qbench.errors import UserError, unknown
 ENDS = ("@first", "@last", "@ends")
 SITES = ("weight", "input", "output", "error", "replace")
 LENGTH = ("epochs", "steps")
+_ONE_FOR_ALL = ("batch_size", "calibration")  # stages see the same batches
 # What of a recipe belongs together: a rate is good for its update rule, and both for the start they were found for.
 UPDATE = ("optimizer", "lr", "momentum", "nesterov", "betas", "eps")
 
@@ -62,9 +63,13 @@ def resolve(config: DictConfig) -> dict[str, Any]:
     before, own = _training(method, budget, plain["init"], plain["w_bits"])
     before, asked = [*before, _without(own, ("stages",))], [plain["train"], everywhere]
     train = [*parent, plain["train"]] if method["name"] == "float" else [*before, *asked]
-    plain["parent"], plain["train"] = (_read(k, plain[k], merge(v)) for k, v in (("parent", parent), ("train", train)))
-    method["stages"] = _stages(method, plain["train"], before, own.get("stages") or {}, asked)
+    whole_parent, whole_train = merge(parent), merge(train)
+    method["stages"] = _stages(method, asdict(whole_train), before, own.get("stages") or {}, asked)
+    stages = [Recipe(**s["recipe"]) for s in method["stages"] if not s.get("act")]
+    plain["parent"] = _read("parent", plain["parent"], whole_parent, [whole_parent])
+    plain["train"] = _read("train", plain["train"], whole_train, stages or [whole_train])
     plain["layer_bits"] = layer_bits.read(plain["layer_bits"], method)
+    _check_only(method["name"], method.get("rules") or [], plain["options"])
     rules = wanted(method.get("rules") or [], plain["options"], plain["protocol"])
     # with widths of single layers it is decided layer by layer what stays in float
     method["rules"] = rules if plain["layer_bits"] else [_without_float(rule) for rule in rules]
@@ -121,9 +126,33 @@ def _stages(
     lower, higher = ([_without(part, LENGTH) for part in parts] for parts in (before, asked))
     out = []
     for stage, length in zip(stages, lengths(stages, train), strict=True):
-        recipe = merge([*lower, stage.get("recipe") or {}, theirs.get(stage["name"]) or {}, *higher, length])
-        out.append({**stage, "recipe": asdict(recipe)})
+        mine = [stage.get("recipe") or {}, theirs.get(stage["name"]) or {}]
+        for part in mine:
+            _check_stage(f"method={method['name']}, stage {stage['name']}", part, merge([*lower, *mine, length]))
+        out.append({**stage, "recipe": asdict(merge([*lower, *mine, *higher, length]))})
     return out
+
+
+def _check_stage(where: str, given: Mapping[str, Any], recipe: Recipe) -> None:
+    """Errors: UserError where a stage's own recipe names what it does not read, whatever the user asks for."""
+    for key in _ONE_FOR_ALL:
+        if given.get(key) is not None:
+            raise UserError(f"{where}: {key} is one for all stages, that of the run's recipe (train.{key})")
+    for key in LENGTH:
+        if given.get(key) is not None:
+            raise UserError(f"{where}: {key} stands beside the stage's recipe, not in it")
+    if why := unread(given, [recipe]):
+        raise UserError(f"{where}: recipe.{why}")
+
+
+def _check_only(method: str, rules: list[dict[str, Any]], options: Mapping[str, Any]) -> None:
+    """Errors: UserError naming an option of `only` that the method does not have, and the nearest."""
+    for rule in rules:
+        only = rule.get("only") or {}
+        if not isinstance(only, Mapping):
+            raise UserError(f"method={method}: 'only' of a rule must look like {{option: value}}, got {only!r}")
+        for strange in only.keys() - options.keys():
+            raise unknown(f"option of method={method} in 'only' of a rule", str(strange), map(str, options))
 
 
 def wanted(rules: list[dict[str, Any]], options: Mapping[str, Any], protocol: str = "paper") -> list[dict[str, Any]]:
@@ -150,11 +179,11 @@ def _check(config: Mapping[str, Any]) -> None:
             raise NotApplicable(f"method={config['method']['name']}: {error}") from error
 
 
-def _read(part: str, given: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """The recipe as a dictionary. Errors: NotApplicable where the user gave what it does not read."""
+def _read(part: str, given: Mapping[str, Any], recipe: Recipe, readers: list[Recipe]) -> dict[str, Any]:
+    """The recipe as a dictionary. Errors: NotApplicable where the user gave what none of its `readers` reads."""
     if recipe.optimizer not in OPTIMIZERS:
         optimizer_class(recipe.optimizer)  # now, and not after the parent is trained
-    if why := unread(given, recipe):
+    if why := unread(given, readers):
         raise NotApplicable(f"{part}.{why}")
     return asdict(recipe)
 

@@ -6,7 +6,9 @@ pyplot, so no window, backend or global state is touched.
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +44,8 @@ STYLE: dict[Any, Any] = {
     "grid.linewidth": 0.5,
     "legend.frameon": False,
     "pdf.fonttype": 42,  # letters stay letters when an editor opens the figure
+    "svg.fonttype": "none",
+    "svg.hashsalt": "qbench",
 }
 # Okabe and Ito's colours, told apart by the colour-blind; line style and marker tell them apart in grey too.
 BLUE, ORANGE, FILL = "#0072B2", "#E69F00", "#9CC9E5"
@@ -86,6 +90,19 @@ def evenly(names: list[str], most: int) -> list[str]:
     if len(names) <= most:
         return names
     return [names[round(i * (len(names) - 1) / (most - 1))] for i in range(most)]
+
+
+def shortened(names: Sequence[str], most: int = 18) -> dict[str, str]:
+    """{name: what fits a title}: of longer names words shrink to a letter from the left, while all stay apart."""
+    short = {}
+    for name in names:
+        words = name.split(".")
+        for i in range(len(words) - 1):
+            if len(".".join(words)) > most:
+                words[i] = re.sub("^([A-Za-z])[A-Za-z_]*", r"\1", words[i])
+        short[name] = ".".join(words)
+    found = list(short.values())
+    return {name: word if found.count(word) == 1 else name for name, word in short.items()}
 
 
 def title_of(result: Mapping[str, Any]) -> str:
@@ -148,8 +165,31 @@ def edges(histogram: dict[str, Any]) -> list[float]:
     return [lo + (hi - lo) * i / bins for i in range(bins + 1)]
 
 
-def save(figure: "Figure", path: Path, dpi: int, pdf: bool) -> Path:
-    """Writes a PNG of 256 colours, with `pdf` a PDF beside it; returns the path of the PNG."""
+@contextmanager
+def page(
+    path: Path, size: tuple[float, float], title: str = "", *, dpi: int, forms: Sequence[str], layout: Any = None
+) -> Iterator["Figure"]:
+    """A figure in our style of `size` in inches, `title` on top; written when the block ends, by `save`."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=size, layout=layout)
+        if title:
+            where = {} if layout else {"y": 1 - 0.05 / size[1], "va": "top"}
+            figure.suptitle(title, **where)
+        yield figure
+        save(figure, path, dpi, forms)
+
+
+def save(figure: "Figure", path: Path, dpi: int, forms: Sequence[str]) -> None:
+    """Write `path` once for each of `forms`, which takes the place of its ending: png (of 256 colours), svg or pdf."""
+    for form in forms:
+        data = _png(figure, dpi) if form == "png" else _vector(figure, form)
+        atomic_write(path.with_suffix(f".{form}"), data)
+
+
+def _png(figure: "Figure", dpi: int) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
 
@@ -160,9 +200,11 @@ def save(figure: "Figure", path: Path, dpi: int, pdf: bool) -> Path:
     image = Image.frombuffer("RGBA", (width, height), canvas.buffer_rgba()).convert("RGB")
     smaller = io.BytesIO()
     image.quantize(256, Image.Quantize.FASTOCTREE).save(smaller, format="png", dpi=(dpi, dpi))
-    atomic_write(path, smaller.getvalue())
-    if pdf:
-        page = io.BytesIO()
-        figure.savefig(page, format="pdf", metadata={"CreationDate": None})  # equal records give equal bytes
-        atomic_write(path.with_suffix(".pdf"), page.getvalue())
-    return path
+    return smaller.getvalue()
+
+
+def _vector(figure: "Figure", form: str) -> bytes:
+    out = io.BytesIO()
+    date = {"pdf": "CreationDate", "svg": "Date"}[form]
+    figure.savefig(out, format=form, metadata={date: None})  # equal records give equal bytes
+    return out.getvalue()

@@ -1,7 +1,6 @@
-"""Figures of one run, drawn from its metrics.jsonl and result.json alone.
+"""How a run went, from its metrics.jsonl and result.json alone: accuracy, loss and scales over the epochs or units.
 
-Matplotlib is imported inside the functions, so that importing this module costs nothing; figures are drawn without
-pyplot, so no window, backend or global state is touched. Accuracies are recorded in percent.
+Accuracies are recorded in percent.
 """
 
 import math
@@ -13,19 +12,14 @@ from qbench.errors import UserError
 from qbench.figures.drawing import (
     BLUE,
     DASHES,
-    FILL,
     ORANGE,
-    STYLE,
     Curve,
-    edges,
-    evenly,
     label_epochs,
-    latent_name,
     log_scale,
+    page,
     records_of,
-    relative,
     result_of,
-    save,
+    shortened,
     title_of,
     traces_of,
     widen,
@@ -36,7 +30,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MOST_LAYERS = 24
 MOST_NAMES = 8  # a legend names so many lines; more get a colour scale
 
 
@@ -46,14 +39,13 @@ def curves(
     records: Sequence[dict[str, Any]] | None = None,
     *,
     dpi: int = 150,
-    pdf: bool = False,
-) -> Path:
-    """Draws curves.png (5 inches wide): accuracy, loss and the quantizers' scales over the epochs.
+    forms: Sequence[str] = ("png",),
+) -> None:
+    """Draws curves.png, 5 inches wide: accuracy, loss and the quantizers' scales over the epochs.
 
     The accuracy is that of each evaluation, and of the training, between two levels: the float parent and, where there
-    is one, the net that was calibrated and not yet trained. Upright lines stand between the stages of a method. With
-    `pdf` curves.pdf is written beside it. `result` and `records` are what the run's files hold, for a caller that has
-    them at hand.
+    is one, the net that was calibrated and not yet trained. Upright lines stand between the stages of a method.
+    `result` and `records` are what the run's files hold, for a caller that has them at hand; `forms`: see `save`.
 
     Errors: UserError when the run has recorded nothing to draw.
     """
@@ -64,12 +56,8 @@ def curves(
     panels = [bool(accuracy["test"][0] or accuracy["val"][0]), any(x for x, _ in loss.values()), *[True] * len(traces)]
     if not any(panels):
         raise UserError(f"{Path(folder) / METRICS} holds no loss, accuracy or trace to draw.")
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(5, 0.5 + 2 * sum(panels)))
-        figure.suptitle(title_of(result), y=1 - 0.04 / figure.get_figheight(), va="top")
+    size = (5, 0.5 + 2 * sum(panels))
+    with page(Path(folder) / "curves.png", size, title_of(result), dpi=dpi, forms=forms) as figure:
         axes = list(figure.subplots(sum(panels), 1, sharex=True, squeeze=False)[:, 0])
         left = iter(axes)
         if panels[0]:
@@ -83,7 +71,6 @@ def curves(
                 panel.axvline(epoch, color="0.7", linewidth=0.8, zorder=0)
         label_epochs(axes)
         _stack(figure, axes, 0.65 if any(len(lines) > MOST_NAMES for lines in traces.values()) else 0.1)
-        return save(figure, Path(folder) / "curves.png", dpi, pdf)
 
 
 def stage_ends(records: Sequence[dict[str, Any]]) -> list[float]:
@@ -95,99 +82,35 @@ def stage_ends(records: Sequence[dict[str, Any]]) -> list[float]:
     return sorted({*list(last.values())[:-1]} - {0.0})
 
 
-def units(folder: Path, result: Mapping[str, Any], records: Sequence[dict[str, Any]], *, dpi: int = 150) -> Path | None:
-    """Draws units.png where a stage acted layer by layer: what it recorded of each, in order; None where none did."""
+def units(
+    folder: Path,
+    result: Mapping[str, Any],
+    records: Sequence[dict[str, Any]],
+    *,
+    dpi: int = 150,
+    forms: Sequence[str] = ("png",),
+) -> None:
+    """Draws units.png where a stage acted layer by layer: what it recorded of each, in order; else nothing."""
     found = [record["unit"] for record in records if "unit" in record]
     kinds = list(dict.fromkeys(k for unit in found for k in unit["values"]))
     if not kinds:
-        return None
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(5, 3), layout="constrained")
+        return
+    names = shortened([unit["name"] for unit in found])
+    title = title_of(result)
+    with page(Path(folder) / "units.png", (5, 3), title, dpi=dpi, forms=forms, layout="constrained") as figure:
         axes = figure.subplots()
-        axes.set_title(title_of(result))
         for kind, dash in zip(kinds, DASHES * len(kinds), strict=False):
             values = [unit["values"].get(kind, math.nan) for unit in found]
             axes.plot(range(len(found)), values, linestyle=dash, marker="o", markersize=3, label=kind)
-        axes.set_xticks(range(len(found)), [_short(unit["name"]) for unit in found], rotation=90)
+        axes.set_xticks(range(len(found)), [names[unit["name"]] for unit in found], rotation=90)
         _scale(axes, [v for unit in found for v in unit["values"].values() if v is not None])
         axes.legend()
-        return save(figure, Path(folder) / "units.png", dpi, False)
-
-
-def histograms(
-    folder: Path,
-    result: Mapping[str, Any] | None = None,
-    records: Sequence[dict[str, Any]] | None = None,
-    *,
-    dpi: int = 150,
-    pdf: bool = False,
-) -> Path:
-    """Draws histograms.png: for each quantized layer its weights, their quantized values and the use of its codes.
-
-    The last record counts. Of more than 24 layers 24 are shown, evenly chosen with the first and the last, and the
-    title says so. Both histograms are scaled to a peak of 1. With `pdf` histograms.pdf is written beside it.
-
-    Errors: UserError when the run has recorded no histogram.
-    """
-    taken = [record for record in records or records_of(folder) if record.get("histograms")]
-    if not taken:
-        raise UserError(f"{Path(folder) / METRICS} holds no histogram to draw: no layer of this run was quantized.")
-    layers, result = taken[-1]["histograms"], result or result_of(folder)
-    shown = evenly(list(layers), MOST_LAYERS)
-    latent = latent_name(layers[shown[0]]["latent"])  # one method, one kind of latent
-    title = f"{title_of(result)}\nweights after epoch {taken[-1]['epoch']:g}"
-    if len(shown) < len(layers):
-        title += f"; {len(shown)} of {len(layers)} quantized layers, evenly chosen"
-    import matplotlib
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
-    columns = min(4, math.ceil(math.sqrt(len(shown))))
-    rows = math.ceil(len(shown) / columns)
-    width, height = max(4.0, 0.4 + 1.75 * columns), 1.05 + 1.75 * rows
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width, height))
-        figure.suptitle(title, y=1 - 0.08 / height, va="top")
-        # Margins in inches, so that all panels are of one size whatever their labels.
-        sides = {"left": 0.6 / width, "right": 1 - 0.1 / width, "bottom": 0.65 / height, "top": 1 - 0.65 / height}
-        grid = figure.add_gridspec(rows, columns, **sides, wspace=0.28, hspace=0.36)
-        for index, name in enumerate(shown):
-            cell = grid[index // columns, index % columns].subgridspec(2, 1, height_ratios=[2, 1], hspace=0.72)
-            panels = figure.add_subplot(cell[0]), figure.add_subplot(cell[1])
-            panels[0].set_title(f"{_short(name)}{_levels(layers[name])}")
-            _draw_values(panels[0], layers[name])
-            _draw_codes(panels[1], layers[name])
-            if index % columns == 0:
-                panels[0].set_ylabel("frequency\n(peak = 1)")
-                panels[1].set_ylabel("codes\n(%)")
-            if index + columns >= len(shown):  # nothing stands below
-                panels[0].set_xlabel(latent.removeprefix("latent "), labelpad=1)
-                panels[1].set_xlabel("code", labelpad=1)
-        figure.align_ylabels()
-        stem = Line2D([], [], color="black", linewidth=0.9, marker="o", markersize=2.2)
-        names = [latent, "quantized weight"]
-        figure.legend([Patch(facecolor=FILL, edgecolor=BLUE), stem], names, loc="lower center", ncols=2)
-        return save(figure, Path(folder) / "histograms.png", dpi, pdf)
 
 
 def _curve(records: Sequence[dict[str, Any]], phase: str, name: str) -> Curve:
     """Epochs and values of one scalar; a null (NaN when recorded) becomes NaN and leaves a gap."""
     points = [(r["epoch"], r[name]) for r in records if r.get("phase") == phase and name in r]
     return [x for x, _ in points], [math.nan if y is None else y for _, y in points]
-
-
-def _short(name: str) -> str:
-    """A layer's name, without its middle where the title would run into the next one."""
-    return name if len(name) <= 18 else f"{name[:5]}…{name[-12:]}"
-
-
-def _levels(layer: dict[str, Any]) -> str:
-    """Levels, not bits: what is stored of a weight may be less than its level (FleXOR) or more (ABC-Net)."""
-    return f", {layer['levels']} levels" if layer["levels"] else ""
 
 
 def _draw_accuracy(axes: "Axes", accuracy: dict[str, Curve], result: Mapping[str, Any]) -> None:
@@ -283,50 +206,3 @@ def _scale(axes: "Axes", values: list[float]) -> None:
         log_scale(axes)
     else:
         widen(axes, finite)
-
-
-def _draw_values(axes: "Axes", layer: dict[str, Any]) -> None:
-    latent, quantized = layer["latent"], layer["quantized"]
-    if latent["counts"]:
-        bounds = edges(latent)
-        axes.stairs(relative(latent), bounds, fill=True, color=FILL)
-        axes.stairs(relative(latent), bounds, color=BLUE, linewidth=0.6)
-    if quantized.get("values"):
-        many = len(quantized["values"]) > 32
-        stems = axes.stem(
-            quantized["values"],
-            relative(quantized),
-            linefmt="k-",
-            markerfmt="k," if many else "ko",
-            basefmt=" ",
-        )
-        stems.stemlines.set_linewidth(0.4 if many else 0.9)
-        stems.markerline.set_markersize(2.2)
-    elif quantized["counts"]:
-        axes.stairs(relative(quantized), edges(quantized), color="black", linewidth=0.7)
-    axes.set_ylim(0, 1.1)
-    axes.locator_params(axis="x", nbins=4)
-    axes.set_yticks([0, 0.5, 1])
-
-
-def _draw_codes(axes: "Axes", layer: dict[str, Any]) -> None:
-    codes = layer["codes"]
-    if not codes or not sum(codes["counts"]):
-        axes.text(0.5, 0.5, "no codes recorded", transform=axes.transAxes, ha="center", va="center", color="0.4")
-        axes.set_axis_off()
-        return
-    total = sum(codes["counts"])
-    shares = [100 * count / total for count in codes["counts"]]
-    if "values" in codes:
-        places = codes["values"]
-        if layer["levels"] and places[-1] >= layer["levels"]:  # ABC-Net: few of the planes' codes are levels
-            places = range(len(places))
-        axes.bar(places, shares, width=0.8 if len(shares) <= 32 else 1, color="0.45")
-    else:
-        axes.stairs(shares, edges(codes), fill=True, color="0.45")
-    most = f" of {math.log2(layer['levels']):.3g}" if layer["levels"] else ""
-    axes.set_ylim(0, 1.6 * max(shares))  # room for the entropy
-    entropy = f"entropy {codes['entropy']:.2f}{most} bits"
-    axes.text(0.98, 0.98, entropy, transform=axes.transAxes, ha="right", va="top", size=7)
-    axes.locator_params(axis="x", integer=True, nbins=5)
-    axes.locator_params(axis="y", nbins=2)

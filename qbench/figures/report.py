@@ -25,6 +25,7 @@ COLUMNS = (
     "bits/weight",
     "bytes",
 )
+PICTURES = ("curves", "units", "histograms", "activations", "telemetry")  # of a run, in its folder
 SHOWN = ("method", "w_bits", "a_bits", "model", "dataset", "budget")
 ACCURACIES = {
     "float": "float_accuracy",
@@ -83,11 +84,7 @@ def tell(folder: Path, result: Mapping[str, Any], line: Callable[[str], None]) -
     line(f"  seconds               {result['seconds']:>7.0f}")
     if str(result.get("device", "cpu")).startswith("cuda") and "images_per_s" in result:
         line(f"  images/s              {result['images_per_s']:>7,}     (evaluations and records included)")
-    pictures = [
-        str(folder / n)
-        for n in ("curves.png", "units.png", "histograms.png", "telemetry.png")
-        if (folder / n).is_file()
-    ]
+    pictures = [str(path) for name in PICTURES for path in sorted(folder.glob(f"{name}.*"))]
     line(f"  pictures              {'  '.join(pictures) or '-'}")
     line(f"  everything            {folder}")
 
@@ -272,10 +269,22 @@ WHERE = (
     "torch",
     "version",
     "code",
+    "resumed",
     "seconds",
 )
 # Neither asked for nor an outcome: what follows from the rest, and what a run keeps for itself.
-INNER = ("identity", "out", "auto", "weights_sha256", "key", "method.title", "method.summary", "method.arxiv")
+INNER = (
+    "identity",
+    "out",
+    "force",
+    "figures",
+    "auto",
+    "weights_sha256",
+    "key",
+    "method.title",
+    "method.summary",
+    "method.arxiv",
+)
 
 
 def compare(a: Path, b: Path) -> str:

@@ -1,26 +1,19 @@
-"""The picture of a sensitivity scan: what each layer alone loses, a row per layer, a mark per width.
-
-Matplotlib is imported inside the function, so that importing this module costs nothing.
-"""
+"""The picture of a sensitivity scan: what each layer alone loses, a row per layer, a mark per width."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qbench.figures.drawing import STYLE, save
+from qbench.figures.drawing import page
 
 MARKS = "ovsD^P*X"
 
 
 def sensitivity(path: Path, found: Mapping[str, Any], plan: Mapping[str, int] | None = None, *, dpi: int = 150) -> Path:
     """Draws `path` from what `qbench.training.sensitivity.scan` gives; the bits of `plan` stand beside the rows."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
     layers, widths = found["layers"], found["widths"]
     base = found["float"]["accuracy"]
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(5.2, 1.3 + 0.17 * len(layers)))
+    with page(path, (5.2, 1.3 + 0.17 * len(layers)), dpi=dpi, forms=("png",)) as figure:
         axes = figure.subplots()
         for i, width in enumerate(widths):
             lost = [base - row[str(width)]["accuracy"] for row in layers.values()]
@@ -39,4 +32,4 @@ def sensitivity(path: Path, found: Mapping[str, Any], plan: Mapping[str, int] | 
         )
         axes.legend(loc="best")
         figure.tight_layout()
-        return save(figure, path, dpi, pdf=False)
+    return path

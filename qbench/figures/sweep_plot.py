@@ -1,19 +1,16 @@
-"""The picture of a sweep: accuracy over bits, a line of points per method, error bars over seeds.
+"""The picture of a sweep: accuracy over bits, a line of points per method, error bars over seeds."""
 
-Matplotlib is imported inside the function, so that importing this module costs nothing.
-"""
-
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from qbench.figures.drawing import DASHES, STYLE, save
+from qbench.figures.drawing import DASHES, page
 from qbench.figures.report import digits, settings, varies
 
 
-def sweep(path: Path, results: Iterable[Mapping[str, Any]], *, dpi: int = 150) -> Path | None:
-    """Draws `path` from results of runs; None, and nothing is drawn, where no run has an accuracy.
+def sweep(path: Path, results: Iterable[Mapping[str, Any]], *, dpi: int = 150, forms: Sequence[str] = ("png",)) -> bool:
+    """Draws `path` from results of runs; False, and nothing is drawn, where no run has an accuracy.
 
     Settings that share method, net and what varies make a line; widths (weights/activations) stand in ascending order,
     as they were asked for where bits are learned.
@@ -31,12 +28,8 @@ def sweep(path: Path, results: Iterable[Mapping[str, Any]], *, dpi: int = 150) -
             lines.setdefault(", ".join(names), {})[group[0]["w_bits"], group[0]["a_bits"]] = found
     widths = sorted({width for line in lines.values() for width in line})
     if not widths:
-        return None
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(5, 3 + 0.15 * len(lines)))
+        return False
+    with page(path, (5, 3 + 0.15 * len(lines)), dpi=dpi, forms=forms) as figure:
         axes = figure.subplots()
         for i, (name, line) in enumerate(lines.items()):
             at = [widths.index(w) + 0.06 * (i - (len(lines) - 1) / 2) / max(1, len(lines) / 4) for w in sorted(line)]
@@ -53,4 +46,4 @@ def sweep(path: Path, results: Iterable[Mapping[str, Any]], *, dpi: int = 150) -
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16 * 3 / figure.get_figheight() * 1.2))
         share = (0.6 + 0.16 * len(lines)) / figure.get_figheight()
         figure.subplots_adjust(left=0.12, right=0.97, top=0.96, bottom=min(0.7, share + 0.1))
-        return save(figure, path, dpi, pdf=False)
+    return True

@@ -7,16 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from qbench.figures.drawing import (
     DASHES,
-    STYLE,
     Curve,
     edges,
     evenly,
     latent_name,
     log_scale,
+    page,
     records_of,
     relative,
     result_of,
-    save,
     title_of,
     traces_of,
     widen,
@@ -48,27 +47,22 @@ def telemetry(
     records: Sequence[dict[str, Any]] | None = None,
     *,
     dpi: int = 150,
-    pdf: bool = False,
-) -> Path | None:
+    forms: Sequence[str] = ("png",),
+) -> bool:
     """Draws telemetry.png: flips, entropy and use of codes, dead gradients, scales, and three layers' latents.
 
     A line per layer, dark to light from the first to the last; a measure that is 0 throughout has no panel. Below, the
-    histograms of the latents of the first, the middle and the last quantized layer at three times. None, and no file,
+    histograms of the latents of the first, the middle and the last quantized layer at three times. False, and no file,
     where fewer than two records were taken: nothing has moved.
     """
     records, result = records or records_of(folder), result or result_of(folder)
     panels = _measures(records)
     taken = [r for r in records if r.get("histograms")]
     if not panels or len(taken) < 2:
-        return None
-    import matplotlib
-    from matplotlib.figure import Figure
-
+        return False
     rows = math.ceil(len(panels) / 3)
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(7.2, 0.9 + 1.75 * (rows + 1)))
-        width, height = figure.get_size_inches()
-        figure.suptitle(title_of(result), y=1 - 0.04 / height, va="top")
+    width, height = 7.2, 0.9 + 1.75 * (rows + 1)
+    with page(Path(folder) / "telemetry.png", (width, height), title_of(result), dpi=dpi, forms=forms) as figure:
         layers = list(next(iter(panels.values())))
         few = len(layers) <= NAMED
         # Margins in inches, as a layout engine would take as long as all of the drawing.
@@ -88,7 +82,7 @@ def telemetry(
             box = (1 - 0.45 / width, bottom / height, 0.1 / width, 1 - (bottom + top) / height)
             _scale(figure, figure.add_axes(box), layers)
         _draw_latents(figure, taken)
-        return save(figure, Path(folder) / "telemetry.png", dpi, pdf)
+    return True
 
 
 def _measures(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, Curve]]:

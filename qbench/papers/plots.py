@@ -1,11 +1,12 @@
 """The figure of a card: ours filled, the published hollow and dashed, so that they are told apart in grey too."""
 
+import math
 from collections.abc import Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qbench.figures.drawing import DASHES, STYLE, edges, label_epochs, latent_name, relative, save
+from qbench.figures.drawing import DASHES, STYLE, edges, label_epochs, latent_name, page, relative
 from qbench.papers.cards import Card
 from qbench.papers.cells import TRIAL, Cell, accuracy, title
 
@@ -20,17 +21,14 @@ HOLLOW: dict[str, Any] = {"markerfacecolor": "white", "markeredgewidth": 1.1}
 
 def draw(card: Card, budgets: Mapping[str, Sequence[Cell]], folder: Path) -> Path:
     """Write figure.png and figure.pdf: a panel per budget, and below, where the card asks for it, histograms."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
     kind = {"points": _points, "dots": _dots, "drops": _dots, "curves": _curves}[card.figure.kind]
     shown = {b: cells for b, cells in budgets.items() if _ran(card, cells)} or dict(budgets)
     height = max(3.0, 1.3 + 0.19 * len(card.rows)) if card.figure.kind in ("dots", "drops") else 3.2
     with_histograms = [c for cells in shown.values() for c in cells if _histogram(c)]
-    with matplotlib.rc_context(STYLE):
-        below = 1.9 if with_histograms else 0
-        figure = Figure(figsize=(1.6 + 3.7 * len(shown), height + below), layout="constrained")
-        figure.suptitle(title(card, list(shown)))
+    below = 1.9 if with_histograms else 0
+    path, size = folder / "figure.png", (1.6 + 3.7 * len(shown), height + below)
+    heading = title(card, list(shown))
+    with page(path, size, heading, dpi=150, forms=("png", "pdf"), layout="constrained") as figure:
         parts: Any = figure.subfigures(2, 1, height_ratios=[height, below]) if below else [figure]
         axes = list(parts[0].subplots(1, len(shown), sharey=True, squeeze=False)[0])
         for panel, (budget, cells) in zip(axes, shown.items(), strict=True):
@@ -39,11 +37,41 @@ def draw(card: Card, budgets: Mapping[str, Sequence[Cell]], folder: Path) -> Pat
         handles: dict[str, Any] = {}
         for panel in axes:
             handles |= {str(t): h for h, t in zip(*panel.get_legend_handles_labels(), strict=True) if t not in handles}
-        columns = max(1, min(len(handles), 2 * len(shown) if len(handles) > 3 else len(handles)))
+        if card.figure.kind == "points":
+            handles = _keys(handles)
+        each = next(n for most, n in ((3, 3), (8, 2), (math.inf, 3)) if len(handles) <= most)  # columns below a panel
+        columns = max(1, min(len(handles), each * len(shown)))
         parts[0].legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)
         if below:
             _histograms(parts[1], card, with_histograms)
-        return save(figure, folder / "figure.png", 150, True)
+    return path
+
+
+def _keys(handles: Mapping[str, Any]) -> dict[str, Any]:
+    """A legend of lines called "GROUP, KIND": each group once, by colour and mark, then what the kinds look like.
+
+    Where there is but one group or one kind the lines keep their names.
+    """
+    from matplotlib.lines import Line2D
+
+    parts = {label: label.rpartition(", ")[::2] for label in handles}
+    if min(len({part[i] for part in parts.values()}) for i in (0, 1)) < 2:
+        return dict(handles)
+    keys: dict[str, Any] = {}
+    for label, (group, _) in parts.items():
+        line = next(iter(getattr(handles[label], "lines", [handles[label]])))  # of error bars, or of a plain plot
+        mark = {
+            "marker": line.get_marker(),
+            "linestyle": line.get_linestyle() if line.get_marker() == "None" else "none",
+        }
+        keys.setdefault(group, Line2D([], [], color=line.get_color(), markersize=5, linewidth=0.9, **mark))
+    looks = {"published": {**HOLLOW, "linestyle": "--"}, "unconfirmed": {**HOLLOW, "linestyle": ":"}}
+    looks["ours"] = {"linestyle": "-"}
+    used = {kind for _, kind in parts.values()}
+    for kind, look in looks.items():
+        if kind in used:
+            keys[kind] = Line2D([], [], color="black", marker="o", markersize=5, linewidth=0.9, **look)
+    return keys
 
 
 def _ran(card: Card, cells: Sequence[Cell]) -> list[Cell]:
@@ -73,7 +101,7 @@ def _unit(card: Card) -> str:
 def _points(axes: "Axes", card: Card, cells: Sequence[Cell]) -> None:
     """Accuracy over x, one line per group; rows without x, the float nets, as level lines."""
     for i, group in enumerate(_groups([c for c in cells if c.row.x is not None])):
-        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[(i + i // len(COLOURS)) % len(MARKERS)]
         own = sorted(((c.row.x, c) for c in cells if c.row.group == group and c.row.x is not None), key=itemgetter(0))
         for sure, dash, word in ((True, "--", "published"), (False, ":", "unconfirmed")):
             told = [(x, accuracy(card, c.row.published), c) for x, c in own]

@@ -111,10 +111,11 @@ def make_batches(
     """Batches of a split; `shared`: every worker sees all of them (calibration)."""
     recipe = config["train"]
     # evaluation: a GPU is idle for most of a batch of 256 small images; ranges may depend on the calibration's batches
-    wide = 2048 if place.type == "cuda" and data.size <= 64 and not shared else 256
+    wide = max(2048 if place.type == "cuda" and data.size <= 64 and not shared else 256, recipe["batch_size"])
+    world = 1 if shared else evaluation.world()
     return batches(
         split,
-        batch_size=recipe["batch_size"] if train else max(wide, recipe["batch_size"]),
+        batch_size=recipe["batch_size"] if train else -(-wide // world) * world,
         mean=data.mean,
         std=data.std,
         whitening=data.whitening,
@@ -125,7 +126,7 @@ def make_batches(
         device=place,
         channels_last=config["channels_last"],
         rank=0 if shared else evaluation.rank(),
-        world=1 if shared else evaluation.world(),
+        world=world,
     )
 
 

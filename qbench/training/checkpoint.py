@@ -130,6 +130,20 @@ def belonging(path: Path, content: Any, total: int) -> Iterator[dict[str, Any]]:
         raise UserError(f"{path} does not belong to this run: {error}") from error
 
 
+def made_by(makers: list[dict[str, Any]], step: int, maker: Mapping[str, Any]) -> list[str]:
+    """Note in `makers` by what the steps from `step` on are computed; says what is other than for those before.
+
+    maker: code, torch, threads and device, each with its value.
+    """
+    before = makers[-1] if makers else maker
+    changed = [k for k in maker if before.get(k) != maker[k]]
+    if changed or not makers:
+        makers.append({"step": step, **maker})
+    told = [f"other {k}" if k == "code" else f"{k} {maker[k]} (before: {before.get(k)})" for k in changed]
+    end = "the result may differ from that of a run in one go, and says so"
+    return [f"continued with {', '.join(told)}: {end}"] if told else []
+
+
 def random_state() -> dict[str, Any]:
     """The state of every global generator: torch (CPU and GPU), numpy, random."""
     name, keys, position, has_gauss, cached = np.random.get_state()

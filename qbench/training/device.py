@@ -39,14 +39,21 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def set_threads(threads: int | None) -> int:
-    """Use `threads` CPU threads; None: OMP_NUM_THREADS if set (a parallel sweep sets 1), else every core we may use."""
-    if threads is not None and (not isinstance(threads, int) or threads < 1):
-        raise UserError(f"threads must be a whole number of at least 1, got {threads!r}")
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    count = threads or (int(asked) if asked.isdigit() else 0) or cores()
-    torch.set_num_threads(count)
-    return count
+def threads(asked: int | None) -> int:
+    """How many CPU threads `threads=` means; None: OMP_NUM_THREADS if set (a parallel sweep sets 1), else every core.
+
+    Errors: UserError where it is no whole number of at least 1.
+    """
+    if asked is not None and (not isinstance(asked, int) or asked < 1):
+        raise UserError(f"threads must be a whole number of at least 1, got {asked!r}")
+    known = os.environ.get("OMP_NUM_THREADS", "")
+    return asked or (int(known) if known.isdigit() else 0) or cores()
+
+
+def set_threads(asked: int | None) -> int:
+    """Compute with so many threads as `threads` says."""
+    torch.set_num_threads(threads(asked))
+    return torch.get_num_threads()
 
 
 def keep_freed_memory() -> None:

@@ -2,8 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,11 @@ from qbench import files, kernels
 from qbench.config.identity import parent_of
 from qbench.config.source import code_hash
 from qbench.errors import UserError
+from qbench.figures import pictures
 from qbench.figures.report import tell
-from qbench.records import RESULT, read_before, read_result, sealed, trained
+from qbench.records import BEFORE, RESULT, read_before, read_result, sealed, trained
 from qbench.screen import Screen
-from qbench.training import checkpoint, device, evaluation, precision, trainer
+from qbench.training import checkpoint, device, evaluation, home, precision, trainer
 from qbench.training.build import (
     Assembly,
     assemble,
@@ -35,6 +35,7 @@ from qbench.training.outcome import summary, write
 from qbench.training.parallel import in_workers
 from qbench.training.recorder import Recorder
 from qbench.training.run import Run, parent_places, prepare, start_from_file
+from qbench.training.telemetry import record_activations
 
 
 def execute(config: dict[str, Any], screen: Screen | None = None) -> dict[str, Any]:
@@ -51,55 +52,80 @@ def execute(config: dict[str, Any], screen: Screen | None = None) -> dict[str, A
 
 
 def perform(run: Run, screen: Screen) -> dict[str, Any]:
-    """Compute a run, or say that it is done; as one process of `workers` too."""
-    found = run.result()
-    if found is None:
+    """Compute a run, or say that it is done; as one process of `workers` too.
+
+    With `force` a finished run is computed anew, in a folder beside its own whose place it takes when it is finished.
+    """
+    _tidy(run, screen)
+    found, force = run.result(), run.config["force"]
+    if found is None or force:
         _try(run)
-        _make_folder(run.folder)
-        with _sole_owner(run.folder, screen):
-            found = run.result()
-            if found is None:
-                return _compute(run, screen)
+        home.make(run.folder)
+        with home.sole_owner(run.folder, screen):
+            now = run.result()
+            if now is None:
+                return _told(run, _compute(run, screen), screen)
+            if force and now == found:  # else another process has just computed it
+                return _anew(run, screen)
+            found = now
     screen.line(f"done before: {run.folder}")
-    if found.get("code") != code_hash(run.config):
-        screen.line(
-            f"  note: that result was made by other code (qbench {found.get('version')}); "
-            "move the folder away to compute it afresh"
-        )
+    for line in _differences(found, run.config):
+        screen.line(f"  note: {line}")
+    if evaluation.rank() == 0:
+        pictures.complete(run.folder, found, run.config["figures"])
     return {**found, "reused": True, "folder": str(run.folder)}
+
+
+def _tidy(run: Run, screen: Screen) -> None:
+    """Finish what a kill has cut short: a result that is not in its place yet, or files left of a finished run."""
+    waiting = home.beside(run).result() is not None
+    if evaluation.rank() == 0 and (waiting or (home.left_over(run.folder) and run.result() is not None)):
+        home.make(run.folder)
+        with home.sole_owner(run.folder, screen):
+            home.take_place(run, screen)
+            if run.result() is not None:
+                home.clean(run.folder)
+    if dist.is_initialized():
+        dist.barrier()  # the others look there next
+
+
+def _anew(run: Run, screen: Screen) -> dict[str, Any]:
+    anew = home.beside(run)
+    home.make(anew.folder)
+    screen.line(f"computing anew, in {anew.folder}; the finished run stays in its place until then")
+    result = _compute(anew, screen)
+    if evaluation.rank() == 0:
+        home.take_place(run, screen)
+    return _told(run, result, screen)
+
+
+def _told(run: Run, result: dict[str, Any], screen: Screen) -> dict[str, Any]:
+    if evaluation.rank() == 0:
+        tell(run.folder, result, screen.line)
+    return {**result, "folder": str(run.folder)}
+
+
+def _differences(found: dict[str, Any], config: dict[str, Any]) -> list[str]:
+    """In what this process is not the one that made a result."""
+    lines = []
+    if found.get("code") != code_hash(config):
+        lines.append(f"that result was made by other code (qbench {found.get('version')}); force=true computes it anew")
+    here: dict[str, Any] = {"torch": torch.__version__}
+    if found.get("device") == "cpu":
+        here["threads"] = device.threads(config["threads"])
+    made = [f"{k} {found[k]} (here {v})" for k, v in here.items() if found.get(k, v) != v]
+    if made:
+        lines.append(f"that result was made with {' and '.join(made)}: here the last digits may be others")
+    return lines
 
 
 def _try(run: Run) -> None:
     """Build all that has options once: a wrong one shows before there is a folder, and before the parent is trained."""
     device.pick(run.config["device"])
-    device.set_threads(run.config["threads"])
     distillation(run.config)
     model = make_model(run.config, run.data)
     start_from_file(run, model, Screen(quiet=True))
     quantize(run.config, model, make_method(run.config))
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}. Choose another folder with out=DIR.") from error
-
-
-@contextmanager
-def _sole_owner(folder: Path, screen: Screen) -> Iterator[None]:
-    """Hold the folder's lock."""
-    if evaluation.rank() > 0:
-        yield
-        return
-    with ExitStack() as held:
-        try:
-            held.enter_context(
-                files.locked(folder / ".lock", lambda: screen.line(f"waiting: another process is at work in {folder}"))
-            )
-        except OSError as error:
-            raise UserError(f"cannot write {folder}: {error.strerror}. Choose another folder with out=DIR.") from error
-        yield
 
 
 def float_parent(run: Run, screen: Screen) -> tuple[Path, dict[str, Any]]:
@@ -133,47 +159,52 @@ def start_weights(run: Run, model: nn.Module, place: torch.device, screen: Scree
 
 
 def _compute(run: Run, screen: Screen) -> dict[str, Any]:
+    path = run.folder / home.CHECKPOINT
+    kept = checkpoint.load(path) if path.is_file() else None
     with ExitStack() as opened:
-        return _train(run, screen, opened)
+        return _train(run, kept, screen, opened)
 
 
-def _train(run: Run, screen: Screen, opened: ExitStack) -> dict[str, Any]:
+def _train(run: Run, kept: Any, screen: Screen, opened: ExitStack) -> dict[str, Any]:
+    """kept: the checkpoint of a run that was cut off."""
     config, started, code = run.config, time.monotonic(), code_hash(run.config)
     place = device.pick(config["device"])
-    opened.enter_context(kernels.using(_tier(run, place)))
+    opened.enter_context(kernels.using(_tier(run, kept, place)))
     found: list[float | None] = []
     net = assemble(config, run.data, lambda model: found.append(start_weights(run, model, place, screen)), place)
-    threads = device.set_threads(config["threads"])
-    recorder = _recorder(run, opened) if evaluation.rank() == 0 else None
+    made = {"code": code, "torch": str(torch.__version__), "threads": torch.get_num_threads(), "device": str(place)}
+    recorder = _recorder(run, kept, opened) if evaluation.rank() == 0 else None
     loop = net.trainer(run.folder, recorder, screen, teacher=_teacher(run, screen, place))
     if place.type == "cuda" and config["graph"] and loop.eager:
         screen.line(f"graph: off, {loop.eager}")
-    before = _calibrated(run, net, loop, screen)
+    before = _calibrated(run, net, loop, kept, screen)
+    for line in checkpoint.made_by(loop.makers, loop.state.step, made):
+        screen.line(f"  note: {line}")
     earlier = loop.outcome.seconds  # of training, before the run was cut off
     outcome = trainer.Outcome(before, before, 0.0) if loop.idle else loop.train()
     if loop.idle:
         loop.take_stock()
     _check_finite(net)
     result = summary(run, net.model, outcome)
-    result |= {"float_accuracy": found[0], "accuracy_before_training": before, "threads": threads}
-    result |= {"code": code, "device": str(place), "kernels": kernels.tier(), "graph": loop.captured is not None}
+    result |= {"float_accuracy": found[0], "accuracy_before_training": before, **made}
+    result |= {"kernels": kernels.tier(), "graph": loop.captured is not None}
+    if len(loop.makers) > 1:
+        result["resumed"] = loop.makers
     if outcome.seconds > 0 and loop.total:
         result["images_per_s"] = round(loop.total * loop.recipe.batch_size / outcome.seconds)
     result["seconds_total"] = round(earlier + time.monotonic() - started, 1)
     if net.method.name == "float":
         result["float_accuracy"] = result["accuracy_last"]
     if recorder is not None:
+        record_activations(net.model, loop.state, recorder)
         write(run, net.model, net.kept, recorder, result)
-        tell(run.folder, result, screen.line)
     if dist.is_initialized():
         dist.barrier()  # the others may want to read what the first worker has just written
-    return {**result, "folder": str(run.folder)}
+    return result
 
 
-def _recorder(run: Run, opened: ExitStack) -> Recorder:
-    path = run.folder / "checkpoint.pt"
-    kept = checkpoint.load(path) if path.is_file() else {}
-    options = {"resume_step": kept.get("step"), "resume_records": kept.get("records")}
+def _recorder(run: Run, kept: Any, opened: ExitStack) -> Recorder:
+    options = {f"resume_{k}": kept.get(k) for k in ("step", "records")} if isinstance(kept, dict) else {}
     return opened.enter_context(closing(Recorder(run.folder, tensorboard=run.config["tensorboard"], **options)))
 
 
@@ -219,10 +250,10 @@ def _teacher(run: Run, screen: Screen, place: torch.device) -> nn.Module | None:
     return teacher if given.get("joint") else teacher.eval().requires_grad_(False)
 
 
-def _calibrated(run: Run, net: Assembly, loop: trainer.Trainer, screen: Screen) -> float | None:
+def _calibrated(run: Run, net: Assembly, loop: trainer.Trainer, kept: Any, screen: Screen) -> float | None:
     """Calibrate, or restore the checkpoint; returns the accuracy before training (None from scratch)."""
-    note = run.folder / "before.json"
-    if loop.restore():
+    if kept is not None:
+        loop.restore(kept)
         screen.line(f"resumed {loop.where()}")
         return read_before(run.folder)
     net.calibrate(loop)
@@ -231,12 +262,12 @@ def _calibrated(run: Run, net: Assembly, loop: trainer.Trainer, screen: Screen) 
         before = evaluation.evaluate(net.model, net.tests["test"], net.place, trainer.REPORTED)[1]
         screen.line(f"calibrated only: {before:.2f} %")
     if evaluation.rank() == 0:
-        files.atomic_write(note, json.dumps(sealed({"accuracy_before_training": before})))
+        files.atomic_write(run.folder / BEFORE, json.dumps(sealed({"accuracy_before_training": before})))
     checkpoint.seed_all(seed_of(run.config["seed"], f"training {evaluation.rank()}"))
     return before
 
 
-def _tier(run: Run, place: torch.device) -> str:
+def _tier(run: Run, kept: Any, place: torch.device) -> str:
     """The kernels to use: those the run began with, where it left them open; none where there are none.
 
     A GPU has those of torch.compile, whatever the CPU's are called for.
@@ -245,7 +276,5 @@ def _tier(run: Run, place: torch.device) -> str:
         return "torch"
     if place.type != "cpu":
         return "torch" if run.config["kernels"] == "torch" else "compile"
-    path = run.folder / "checkpoint.pt"
-    if run.config["kernels"] != "auto" or not path.is_file():
-        return str(run.config["kernels"])
-    return str(checkpoint.load(path).get("kernels", "auto"))
+    begun = kept.get("kernels", "auto") if isinstance(kept, dict) else "auto"
+    return str(begun if run.config["kernels"] == "auto" else run.config["kernels"])

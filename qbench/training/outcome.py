@@ -9,10 +9,9 @@ from torch import nn
 
 import qbench
 from qbench import files
-from qbench.figures import plots, telemetry_plots
+from qbench.figures import pictures
 from qbench.quant import surgery
-from qbench.records import read_metrics
-from qbench.training import checkpoint, trainer
+from qbench.training import checkpoint, home, trainer
 from qbench.training.recorder import Recorder
 from qbench.training.run import Run
 
@@ -46,16 +45,7 @@ def write(run: Run, model: nn.Module, kept: dict[str, str], recorder: Recorder, 
     config = {**run.config, "dataset": {**run.config["dataset"], **images}}
     files.atomic_write(folder / "config.yaml", yaml.safe_dump(json.loads(json.dumps(config)), sort_keys=False))
     recorder.flush()
-    records = read_metrics(folder)
-    if result["epoch_best"]:  # else nothing was trained, and there is no curve
-        plots.curves(folder, result, records)
-    if any("quantizer" in entry for entry in manifest["weights"].values()):
-        plots.histograms(folder, result, records)
-        telemetry_plots.telemetry(folder, result, records)
-    plots.units(folder, result, records)
+    pictures.draw(folder, result, run.config["figures"])
     recorder.result(result)
     recorder.close()
-    for name in ("checkpoint.pt", "before.json"):
-        if (folder / name).is_file():
-            (folder / name).unlink()
-    files.remove_parts(folder)
+    home.clean(folder)

@@ -32,9 +32,10 @@ def in_workers(config: dict[str, Any], workers: int, perform: Perform) -> dict[s
 
     Errors: what stopped the first worker, as UserError where it was one.
     """
-    if config["train"]["batch_size"] % workers or config["parent"]["batch_size"] % workers:
-        raise UserError(f"workers={workers} must divide the batch size ({config['train']['batch_size']})")
-    threads = config["threads"] or max(1, device.set_threads(None) // workers)
+    for part in ("parent", "train") if config["init"] == "float" or config["distill"]["weight"] else ("train",):
+        if (size := config[part]["batch_size"]) % workers:  # equal shares: what a step averages needs no weights
+            raise UserError(f"workers={workers} must divide {part}.batch_size={size}")
+    threads = config["threads"] or max(1, device.threads(None) // workers)
     with tempfile.TemporaryDirectory(prefix="qbench-workers-") as folder:
         ended = ""
         try:

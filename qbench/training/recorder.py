@@ -84,15 +84,19 @@ class Recorder:
         flat = ((f"{what}/{layer}", v) for layer, found in record["telemetry"].items() for what, v in found.items())
         self._mirror(flat, step)
 
-    def histograms(self, step: int, epoch: float, layers: Mapping[str, dict[str, Any]]) -> None:
-        """Records {"step", "epoch", "histograms": {layer: what `layer_histogram` gave}}."""
-        self._append({"step": step, "epoch": epoch, "histograms": layers})
+    def histograms(
+        self, step: int, epoch: float, layers: Mapping[str, dict[str, Any]], kind: str = "histograms"
+    ) -> None:
+        """Records {"step", "epoch", kind: {layer: what `layer_histogram` gave}}: of weights, or of "activations"."""
+        self._append({"step": step, "epoch": epoch, kind: layers})
         if not self.tensorboard:
             return
+        before = "" if kind == "histograms" else f"{kind}/"
         for layer, histogram in layers.items():
             for part in ("latent", "quantized", "codes"):
                 if histogram[part] and sum(histogram[part]["counts"]):
-                    self._tensorboard().add_histogram_raw(f"{part}/{layer}", **_raw(histogram[part]), global_step=step)
+                    tag = f"{before}{part}/{layer}"
+                    self._tensorboard().add_histogram_raw(tag, **_raw(histogram[part]), global_step=step)
 
     def result(self, values: Mapping[str, Any]) -> Path:
         """Writes result.json, whole or not at all; call it last, for where it stands the run is done.

@@ -1,15 +1,20 @@
 """What the training of low-bit weights is watched by, layer by layer: flips and use of codes, gradients that die."""
 
+import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qbench.quant.layers import quant_layers
+from qbench.quant.layers import quant_layers, quantized_weights
+from qbench.quant.method import State
 from qbench.quant.quantizer import Quantizer, evaluating
+from qbench.quant.surgery import activation_quantizers
 from qbench.training.recorder import Recorder, layer_histogram
 
 SATURATED = 0.01  # of the largest gradient in the layer
+IMAGES, VALUES = 16, 1 << 16  # that are looked at for the histograms of activations
 
 
 class Telemetry:
@@ -62,6 +67,42 @@ class Telemetry:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.codes = dict(state)
+
+
+@torch.no_grad()
+def record_activations(model: nn.Module, state: State, recorder: Recorder) -> None:
+    """Record what reaches each activation quantizer in evaluation, and what it makes of it: a histogram of each.
+
+    Of `IMAGES` calibration images, and of each layer at most `VALUES` values, evenly chosen. A quantizer that is used
+    several times counts where it is used first.
+    """
+    found: dict[str, Any] = {}
+    assert state.calibration is not None
+
+    def look(name: str, q: Quantizer) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+            if name not in found and q.enabled:
+                x = args[0].detach().float()
+                every = -(-x.numel() // VALUES)
+                before, after, codes = (t.detach().float().flatten()[::every] for t in (x, out, q.codes(x)))
+                found[name] = layer_histogram(before, after, codes, q.levels)
+                found[name]["latent"]["name"] = "activation"
+
+        return hook
+
+    quantizers = activation_quantizers(model)
+    names = {name: re.sub(r"\.quantizer$|\.input_quantizer$|_quantizer$", "", name) for name in quantizers}
+    handles = [q.register_forward_hook(look(names[name], q)) for name, q in quantizers.items()]
+    try:
+        with evaluating(model), quantized_weights(model):
+            for x, _ in state.calibration.epoch(0) if quantizers else ():
+                model(x[:IMAGES])
+                break
+    finally:
+        for handle in handles:
+            handle.remove()
+    if found:
+        recorder.histograms(state.step, state.epoch, found, "activations")
 
 
 def _share(mask: Tensor) -> float:

@@ -105,6 +105,7 @@ class Trainer(Step):
         for q in self.quantizers:
             q.generator = generator
         self.outcome, self.telemetry = Outcome(), Telemetry()
+        self.makers: list[dict[str, Any]] = []  # by what code, torch and threads it is computed, from which step on
         gpu = device.type == "cuda" or graphs is not None
         names = [n for part in self.parts for n in optimizer_names(method, part.recipe)]
         self.eager = captured.why_not((model, self.hooks), names, gpu, compile)
@@ -171,16 +172,18 @@ class Trainer(Step):
                     "randoms": randoms,
                     "kernels": kernels.tier(),
                     "telemetry": self.telemetry.state_dict(),
+                    "makers": self.makers,
                     "outcome": {**vars(self.outcome), "seconds": elapsed},
                     "running": [self.losses and torch.stack(self.losses).cpu(), self.correct.cpu(), self.seen],
                 },
             )
 
-    def restore(self) -> bool:
-        """Continue from the checkpoint if there is one."""
-        if not self.checkpoint_path.is_file():
-            return False
-        content = checkpoint.load(self.checkpoint_path)
+    def restore(self, content: Any = None) -> bool:
+        """Continue from the checkpoint if there is one; `content` is what it holds, where it has been read."""
+        if content is None:
+            if not self.checkpoint_path.is_file():
+                return False
+            content = checkpoint.load(self.checkpoint_path)
         with checkpoint.belonging(self.checkpoint_path, content, self.total):
             self.model.load_state_dict(content["model"])
             self.hooks.load_state_dict(content["hooks"])
@@ -194,6 +197,7 @@ class Trainer(Step):
             self.state.generator.set_state(mine["own"])
             self.outcome = Outcome(**content["outcome"])
             self.telemetry.load_state_dict(content.get("telemetry", {}))
+            self.makers = list(content.get("makers", []))
             losses, correct, self.seen = content["running"]
             self.losses = list(losses.to(self.device).unbind()) if len(losses) else []
             self.correct.copy_(correct)
@@ -292,7 +296,15 @@ class Trainer(Step):
             self.model.train()
         for hook in self.own_hooks():
             hook.before_step(state)
-        loss = self._compute(x, y) if self.captured is None else self._replay(self.captured, x, y)
+        try:
+            loss = self._compute(x, y) if self.captured is None else self._replay(self.captured, x, y)
+        except ValueError as error:  # torch's word for it, and that of our kernels
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise UserError(
+                f"batch-norm sees one value per channel with batch_size={recipe.batch_size}, of which it cannot take a "
+                "variance: give it a larger batch, or larger images"
+            ) from error
         state.step += 1
         state.stage.step += 1
         state.epoch = state.step / self.steps_per_epoch

@@ -52,7 +52,7 @@ WORDS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("seed=-1",), ("seed", "at least 0", "got -1")),
     (("seed=one",), ("seed", "whole number", "got 'one'")),
     (("workers=0",), ("workers", "1..1024", "got 0")),
-    (("workers=3",), ("workers=3", "divide the batch size (32)")),
+    (("workers=3",), ("workers=3", "must divide parent.batch_size=32")),
     (("threads=0",), ("threads", "1..1024", "got 0")),
     (("threads=100000",), ("threads", "1..1024", "got 100000")),
     (("device=gpu",), ("'gpu'", "auto, cpu, cuda")),
@@ -389,6 +389,11 @@ def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(tiny: Cli) -> 
     )
     said = tiny("method=float", *words)
     refused(said, "method=float", "last good checkpoint", "checkpoint.pt (step ")
+
+
+def test_a_batch_of_one_value_per_channel_is_refused_in_words(tiny: Cli) -> None:
+    net = ("model=mlp", "model.hidden=[16]", "model.batch_norm=true", "train.batch_size=1", "out=o")
+    refused(tiny("method=float", *net), "batch-norm sees one value per channel with batch_size=1", "a larger batch")
 
 
 def test_eval_table_and_compare_of_what_is_not_there(cli: Cli, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -166,6 +166,64 @@ def test_the_objective_is_the_last_accuracy(monkeypatch: pytest.MonkeyPatch, tin
     assert sorted(seen) == sorted(r["accuracy_last"] for r in results(tmp_path / "o"))
 
 
+class Search:
+    """Hydra's contract for a sweeper that searches: what a job returns is the value of its trial, or raises."""
+
+    def __init__(self, words: list[list[str]]) -> None:
+        self.words = words
+        self.values: list[float] = []
+
+    def setup(self, *, hydra_context: Any, task_function: Any, config: Any) -> "Search":
+        from hydra.core.plugins import Plugins
+
+        context = {"hydra_context": hydra_context, "task_function": task_function, "config": config}
+        self.launcher = Plugins.instance().instantiate_launcher(**context)
+        return self
+
+    def sweep(self, arguments: list[str]) -> None:
+        for i, words in enumerate(self.words):
+            (ret,) = self.launcher.launch([[*arguments, *words]], initial_job_idx=i)
+            self.values.append(float(ret.return_value))
+
+
+@pytest.fixture
+def searching(tiny: Cli, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+    """searching(search, *words): a command whose sweeper is `search`."""
+    from hydra.core.config_store import ConfigStore
+    from hydra.core.plugins import Plugins
+
+    store = ConfigStore.instance()
+    store.store(group="hydra/sweeper", name="search", node={"_target_": "Search", "direction": "maximize"})
+
+    def call(search: Search, *words: str) -> Any:
+        monkeypatch.setattr(Plugins, "instantiate_sweeper", lambda self, **more: search.setup(**more))
+        return tiny("-m", "hydra/sweeper=search", "out=o", *words)
+
+    yield call
+    del store.repo["hydra"]["sweeper"]["search.yaml"]
+
+
+def test_a_search_goes_on_after_a_run_that_failed(searching: Cli, tmp_path: Path) -> None:
+    search = Search([["train.lr=1e30"], ["train.lr=0.01"], ["bits=33"]])
+    said = searching(search, "method=pact", "bits=4")
+    assert said.status == 1, said.err
+    assert re.search("failed: .*train.lr=1e30: the loss of method=pact became nan", said.err)
+    (good,) = [r["accuracy_last"] for r in results(tmp_path / "o") if r["method"] == "pact"]
+    assert search.values == [0.0, good, 0.0]
+    assert "3 runs: 1 done (0 of them before), 1 failed, 1 not applicable" in said.out
+
+
+def test_a_search_that_is_stopped_or_looks_for_the_worst_ends(searching: Cli) -> None:
+    search = Search([["seed=0"], ["seed=1"], ["seed=2"]])
+    said = searching(search, "method=float", "train.steps=100000", "time_limit=2s")
+    assert said.status == 124, said.err
+    assert search.values == []  # what was not computed is no value
+    assert "1 runs: 0 done (0 of them before), 0 failed, 0 not applicable, 1 stopped" in said.out
+    said = searching(search, "method=float", "hydra.sweeper.direction=minimize")
+    assert said.status == 2
+    assert "hydra.sweeper.direction=maximize is needed" in said.err
+
+
 def result_of(**more: object) -> dict[str, Any]:
     base: dict[str, Any] = {
         "method": "ptq", "w_bits": 4, "a_bits": 4, "model": "n", "dataset": "d", "budget": "b", "bits_per_weight": 4.0,
@@ -292,16 +350,16 @@ def test_compare_names_every_leaf_that_differs_and_what_matters_first(
 def test_the_picture_of_a_sweep_has_a_line_per_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from matplotlib.figure import Figure
 
-    from qbench.figures import sweep_plot
+    from qbench.figures import drawing, sweep_plot
 
     drawn: list[Figure] = []
-    monkeypatch.setattr(sweep_plot, "save", lambda figure, path, dpi, pdf: (drawn.append(figure), path)[1])
+    monkeypatch.setattr(drawing, "save", lambda figure, path, dpi, forms: drawn.append(figure))
     two = [result_of(key=f"{m}{w}{s}", method=m, w_bits=w, seed=s, accuracy_last=40.0 + 5 * w + s, identity={"bits": w})
            for m in ("lsq", "pact") for w in (2, 4) for s in (0, 2)]  # fmt: skip
-    assert sweep_plot.sweep(tmp_path / "p.png", two) is not None
+    assert sweep_plot.sweep(tmp_path / "p.png", two)
     (axes,) = drawn[0].axes
     assert [t.get_text() for t in axes.get_legend().get_texts()] == ["lsq", "pact"]
     assert [t.get_text() for t in axes.get_xticklabels()] == ["2/4", "4/4"]
     assert list(axes.containers[0].lines[0].get_ydata()) == [51.0, 61.0]  # means of 50, 52 and 60, 62
     assert axes.containers[0].lines[2][0].get_segments()[0][:, 1].tolist() == pytest.approx([51 - 2**0.5, 51 + 2**0.5])
-    assert sweep_plot.sweep(tmp_path / "p.png", [result_of(accuracy_last=None)]) is None
+    assert not sweep_plot.sweep(tmp_path / "p.png", [result_of(accuracy_last=None)])

@@ -23,7 +23,7 @@ COUNTED = ("w_bits", "a_bits", "seed", "init", "init_head", "method", "options",
            "workers", "compile", "kernels", "precision", "protocol", "parent", "bits",
            "layer_bits")  # fmt: skip
 NOT_COUNTED = ("name", "device", "threads", "channels_last", "graph", "out", "checkpoint_seconds", "time_limit",
-               "tensorboard", "plan", "debug", "budget")  # fmt: skip
+               "tensorboard", "figures", "force", "plan", "debug", "budget")  # fmt: skip
 
 
 def key(config: dict[str, Any]) -> str:

@@ -97,10 +97,18 @@ def test_an_eps_meant_for_another_optimizer_is_left_behind() -> None:
 def test_what_switches_a_field_off_asks_for_nothing() -> None:
     adam = recipe(optimizer="adam", loss="squared_hinge")
     assert (
-        unread({"momentum": 0, "nesterov": False, "label_smoothing": 0.0, "gamma": None, "milestones": []}, adam) == ""
+        unread({"momentum": 0, "nesterov": False, "label_smoothing": 0.0, "gamma": None, "milestones": []}, [adam])
+        == ""
     )
-    assert "momentum=0.9" in unread({"momentum": 0.9}, adam)
-    assert unread({"lr": 0.1, "betas": [0.9, 0.99], "weight_decay": 0.1}, adam) == ""
+    assert "momentum=0.9" in unread({"momentum": 0.9}, [adam])
+    assert unread({"lr": 0.1, "betas": [0.9, 0.99], "weight_decay": 0.1}, [adam]) == ""
+
+
+def test_one_recipe_of_several_that_reads_a_field_is_enough() -> None:
+    both = [recipe(optimizer="adam"), recipe(optimizer="sgd")]
+    assert unread({"momentum": 0.9, "betas": [0.9, 0.99]}, both) == ""
+    assert unread({"momentum": 0.9}, both[:1]).startswith("momentum=0.9 is not read with optimizer=adam")
+    assert unread({"betas": [0.9, 0.99], "gamma": 0.5}, both).startswith("gamma=0.5 is not read with schedule=cosine")
 
 
 FOO = (catalog.conf_folder().parent / "CONTRIBUTING.md").read_text().partition("```yaml\n")[2].partition("```")[0]
@@ -135,3 +143,39 @@ def test_the_papers_budget_needs_a_recipe(tmp_path: Path) -> None:
     foo(tmp_path, text, "budget=short")
     with pytest.raises(UserError, match=r"method=foo names no recipe of its paper \(method\.recipe\)"):
         foo(tmp_path, text, "budget=paper")
+
+
+STAGED = FOO.replace(
+    "  recipe: {", "  stages: [{name: one, recipe: {optimizer: adam}}, {name: two, share: 0.5}]\n  recipe: {"
+)
+
+
+def test_an_unknown_option_of_a_rule_is_answered_with_the_nearest(tmp_path: Path) -> None:
+    text = FOO.replace("keep: first", "only: {centre: true}\n      keep: first")
+    with pytest.raises(UserError, match=r"unknown option of method=foo in 'only' of a rule 'centre'.*mean 'center'"):
+        foo(tmp_path, text)
+    with pytest.raises(UserError, match=r"'only' of a rule must look like \{option: value\}, got 'center'"):
+        foo(tmp_path, FOO.replace("keep: first", "only: center\n      keep: first"))
+
+
+@pytest.mark.parametrize(
+    ("field", "said"),
+    [
+        ("momentum: 0.5", "stage one: recipe.momentum=0.5 is not read with optimizer=adam"),
+        ("gamma: 0.5", "stage one: recipe.gamma=0.5 is not read with schedule=cosine"),
+        ("batch_size: 32", r"stage one: batch_size is one for all stages.*train\.batch_size"),
+        ("epochs: 3", "stage one: epochs stands beside the stage's recipe"),
+    ],
+)
+def test_what_a_stage_does_not_read_is_refused(tmp_path: Path, field: str, said: str) -> None:
+    foo(tmp_path, STAGED)
+    with pytest.raises(UserError, match=said):
+        foo(tmp_path, STAGED.replace("optimizer: adam", f"optimizer: adam, {field}"), "budget=paper")
+
+
+def test_the_user_may_ask_for_what_one_of_the_stages_reads(tmp_path: Path) -> None:
+    words = ("budget=paper", "train.betas=[0.5,0.9]")
+    foo(tmp_path, STAGED, *words)
+    foo(tmp_path, STAGED, "budget=paper", "train.momentum=0.5")
+    with pytest.raises(UserError, match=r"train\.betas=\[0\.5, 0\.9\] is not read with optimizer=sgd"):
+        foo(tmp_path, FOO, *words)

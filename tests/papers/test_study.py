@@ -16,7 +16,7 @@ import yaml
 from matplotlib.figure import Figure
 
 from qbench.cli.overrides import resolve_row
-from qbench.config import catalog
+from qbench.config import catalog, source
 from qbench.config.source import code_hash
 from qbench.errors import UserError
 from qbench.files import locked
@@ -277,6 +277,34 @@ def test_code_is_known_without_comments_and_docstrings(tmp_path: Path, monkeypat
     assert hashes[0] == hashes[1] != hashes[2]
 
 
+def test_code_of_ones_own_counts_with_what_it_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_pack").mkdir()
+    files = {
+        "own_pack/__init__.py": "",
+        "own_pack/method.py": "import torch\nfrom . import near\nfrom .f import g\nimport own_flat",
+        "own_pack/near.py": "x = 1",
+        "own_pack/f.py": "def g():\n    import own_deep\n    return own_deep",
+        "own_flat.py": "x = 1",
+        "own_deep.py": "x = 1",
+        "own_rule.py": "x = 1",
+        "own_other.py": "x = 1",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    config = {"method": {"_target_": "own_pack.method.Q"}, "model": {}, "train": {"optimizer": "own_rule.Rule"}}
+    before = code_hash(config)
+    changed = []
+    for name in files:
+        (tmp_path / name).write_text(f"{files[name]}\ny = 2\n")
+        source._code.cache_clear()
+        changed += [name] if code_hash(config) != before else []
+        (tmp_path / name).write_text(files[name])
+    source._code.cache_clear()
+    assert code_hash(config) == before
+    assert changed == [n for n in files if n != "own_other.py"]
+
+
 def test_a_card_that_is_not_whole_stands_in_the_way_of_itself_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -465,6 +493,24 @@ def test_one_evaluation_alone_is_a_mark_above_its_epoch(tmp_path: Path) -> None:
     lo, hi = axes.get_ylim()
     assert lo < 11.0 < two.row.published < hi, "the curve and the published mark are both in view"
     assert axes.get_xlabel() == "epoch"
+
+
+def test_a_legend_names_each_group_once(tmp_path: Path) -> None:
+    rows = [
+        {"id": f"{group}{x}", "run": f"method={group} bits={x}", "published": 90.0, "x": x, "group": group}
+        for group in ("pact", "dorefa")
+        for x in (2, 3)
+    ]
+    card = toy(tmp_path, rows=rows, figure={"kind": "points", "xlabel": "bits"})
+    axes = Figure().subplots()
+    plots._points(axes, card, cells_of(card, Kept([entry("pact2", 89.0), entry("dorefa2", 88.0)]), "paper"))
+    handles = {str(t): h for h, t in zip(*axes.get_legend_handles_labels(), strict=True)}
+    assert len(handles) == 4
+    keys = plots._keys(handles)
+    assert list(keys) == ["pact", "dorefa", "published", "ours"]
+    assert keys["pact"].get_color() != keys["dorefa"].get_color()
+    one = {k: h for k, h in handles.items() if k.startswith("pact")}
+    assert list(plots._keys(one)) == ["pact, published", "pact, ours"]
 
 
 def test_the_heading_tells_of_the_runs_that_are_shown(tmp_path: Path) -> None:

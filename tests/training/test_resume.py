@@ -173,3 +173,27 @@ def test_a_living_lock_is_waited_for(process: Cli, tiny: Cli, tmp_path: Path) ->
         assert one.poll() is None
     assert one.wait(timeout=120) == 0
     assert said.status == 0
+
+
+def test_a_run_that_goes_on_otherwise_says_so(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qbench.training import checkpoint, execute
+
+    words = (*METHODS["pact"], *LONG, *TINY)
+    assert cli(*words, "threads=2", "time_limit=1s").status == 124
+    reads: list[str] = []
+    load = checkpoint.load
+    monkeypatch.setattr(checkpoint, "load", lambda path: (reads.append(path.name), load(path))[1])
+    monkeypatch.setattr(execute, "code_hash", lambda config: "0123456789")
+    said = cli(*words, "threads=1")
+    assert said.status == 0, said.err
+    assert reads.count("checkpoint.pt") == 1
+    assert "note: continued with other code, threads 1 (before: 2): the result may differ" in said.out
+    folder = run_folder(tmp_path / "o", "pact")
+    result = json.loads((folder / "result.json").read_text())
+    first, then = result["resumed"]
+    assert (first["step"], first["threads"], then["threads"]) == (0, 2, 1)
+    assert 0 < then["step"] < 300
+    assert first["code"] != then["code"] == result["code"] == "0123456789"
+    assert cli(*words, "threads=1", "out=straight").status == 0
+    told = cli("compare", folder, run_folder(tmp_path / "straight", "pact")).out
+    assert "resumed.0.threads" in told

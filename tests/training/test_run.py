@@ -1,6 +1,7 @@
 """What a run leaves behind, what it starts from, and the commands that read it again."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ FILES = {
     "model.pt",
     "curves.png",
     "histograms.png",
+    "activations.png",
     "telemetry.png",
     ".lock",
 }
@@ -82,6 +84,84 @@ def test_a_result_of_other_code_is_reported_as_such(tiny: Cli, tmp_path: Path) -
     path = folder_of(tmp_path / "o", "float") / "result.json"
     path.write_text(json.dumps(sealed({**json.loads(path.read_text()), "code": "0123456789"})))
     assert "made by other code" in tiny("method=float", "out=o").out
+
+
+def test_a_result_of_other_threads_or_torch_is_reported_as_such(tiny: Cli, tmp_path: Path) -> None:
+    tiny("method=float", "out=o")
+    path = folder_of(tmp_path / "o", "float") / "result.json"
+    path.write_text(json.dumps(sealed({**json.loads(path.read_text()), "torch": "1.0"})))
+    assert "note: that result was made with torch 1.0 (here 2." in tiny("method=float", "out=o").out
+    path.write_text(json.dumps(sealed({**json.loads(path.read_text()), "torch": str(torch.__version__)})))
+    assert "note" not in tiny("method=float", "out=o").out
+    assert "made with threads 1 (here 2)" in tiny("method=float", "out=o", "threads=2").out
+
+
+def test_a_kill_behind_the_result_leaves_nothing_for_good(tiny: Cli, tmp_path: Path) -> None:
+    tiny("method=float", "out=o")
+    folder = folder_of(tmp_path / "o", "float")
+    before = {p.name for p in folder.iterdir()}
+    for name in ("checkpoint.pt", "before.json"):
+        (folder / name).write_text("left")
+    said = tiny("method=float", "out=o")
+    assert said.status == 0, said.err
+    assert {p.name for p in folder.iterdir()} == before
+
+
+def test_a_finished_run_is_computed_anew_and_nothing_of_it_is_lost(tiny: Cli, tmp_path: Path) -> None:
+    words = ("method=pact", "bits=4", "out=o")
+    tiny(*words)
+    folder = folder_of(tmp_path / "o", "pact")
+    path, mark = folder / "result.json", folder / "mine"
+    path.write_text(json.dumps(sealed({**json.loads(path.read_text()), "code": "0123456789"})))
+    first = json.loads(path.read_text())
+    mark.touch()
+    assert "force=true computes it anew" in tiny(*words).out
+    stopped = tiny(*words, "force=true", "time_limit=1s", "train.warmup=0")  # a limit that is over at once
+    assert stopped.status == 124, stopped.err
+    assert mark.exists()
+    assert (tmp_path / "o" / f"{folder.name}.anew" / "checkpoint.pt").exists()
+    assert tiny(*words).out.startswith("done before")
+    said = tiny(*words, "force=true")
+    assert said.status == 0, said.err
+    old = tmp_path / "o" / f"{folder.name}.old-1"
+    assert f"kept in {Path('o') / old.name}" in said.out
+    assert (old / "mine").exists()
+    assert json.loads((old / "result.json").read_text()) == first
+    now = json.loads(path.read_text())
+    assert (now["weights_sha256"], now["key"]) == (first["weights_sha256"], first["key"])
+    assert now["code"] != first["code"]
+    assert {p.name.rpartition(".")[2] for p in (tmp_path / "o").glob("pact-*.*")} == {"old-1"}
+    assert len(list((tmp_path / "o").glob("float-*"))) == 1  # the parent is as it was
+    assert tiny("-m", *words, "seed=0").out.count("1 of them before") == 1
+
+
+@pytest.mark.parametrize("moved", [True, False])
+def test_what_is_finished_and_not_in_its_place_yet_is_taken_up(tiny: Cli, tmp_path: Path, moved: bool) -> None:
+    tiny("method=float", "out=o")
+    folder = folder_of(tmp_path / "o", "float")
+    anew = folder.with_name(f"{folder.name}.anew")
+    shutil.copytree(folder, anew)
+    (anew / "mine").touch()
+    if moved:  # killed between the two renames
+        folder.rename(folder.with_name(f"{folder.name}.old-1"))
+    said = tiny("method=float", "out=o")
+    assert said.status == 0, said.err
+    assert "done before" in said.out
+    assert (folder / "mine").exists()
+    assert not anew.exists()
+    assert (tmp_path / "o" / f"{folder.name}.old-1" / "result.json").exists()
+
+
+def test_pictures_in_another_format(tiny: Cli, tmp_path: Path) -> None:
+    tiny("method=pact", "bits=4", "out=o", "figures=svg")
+    folder = folder_of(tmp_path / "o", "pact")
+    assert {p.name for p in folder.glob("*.svg")} == {
+        f"{n}.svg" for n in ("curves", "histograms", "activations", "telemetry")
+    }
+    assert not list(folder.glob("*.png"))
+    said = tiny("method=pact", "bits=4", "out=o", "figures=pdf")  # done before: from its files
+    assert "curves.pdf" in said.out
+    assert (folder / "activations.pdf").read_bytes().startswith(b"%PDF")
 
 
 def test_one_parent_for_all(tiny: Cli, tmp_path: Path) -> None:

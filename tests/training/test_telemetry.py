@@ -2,6 +2,7 @@
 
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,11 +16,11 @@ from qbench.methods.shared.binary import BinaryWeight
 from qbench.methods.twn import TernaryWeight
 from qbench.quant import layers, ops, surgery
 from qbench.quant.grid import Grid, signs
-from qbench.quant.method import Rule
+from qbench.quant.method import Rule, State
 from qbench.quant.quantizer import Quantizer
 from qbench.records import read_metrics
 from qbench.training.recorder import Recorder
-from qbench.training.telemetry import Telemetry
+from qbench.training.telemetry import Telemetry, record_activations
 
 
 class Clipped(Quantizer):
@@ -156,18 +157,40 @@ def _write(folder: Path, count: int, records: int) -> None:
             recorder.trace(epoch, float(epoch), {f"{i}.weight_quantizer.alpha": 0.1 * i for i in range(count)})
 
 
+def test_activations_by_hand(tmp_path: Path) -> None:
+    """Of two layers in a row the second sees the first one's output; a quantizer that is off is left out."""
+    net = nn.Sequential(*[nn.Linear(2, 2, bias=False) for _ in range(3)])
+    surgery.quantize(net, [Rule(input=lambda layer, site: Clipped())])
+    for _, layer in layers.quant_layers(net):
+        layer.weight.data = torch.tensor([[1.0, 0.0], [0.0, -1.0]])
+    net[2].input_quantizer.enabled = False
+    batch = torch.tensor([[0.5, 0.25], [-2.0, 0.75]])
+    calibration = SimpleNamespace(epoch=lambda number: iter([(batch, None)]))
+    state = State(model=net, generator=torch.Generator(), steps=3, calibration=calibration)
+    before = torch.get_rng_state()
+    with closing(Recorder(tmp_path, tensorboard=False)) as recorder:
+        record_activations(net.train(), state, recorder)
+    assert torch.get_rng_state().equal(before)
+    assert net.training
+    found = read_metrics(tmp_path)[0]["activations"]
+    assert set(found) == {"0", "1"}
+    assert (found["0"]["latent"]["lo"], found["0"]["latent"]["hi"], found["0"]["count"]) == (-2.0, 0.75, 4)
+    assert found["0"]["quantized"] == {"values": [-1.0, 1.0], "counts": [1, 3]}
+    assert found["1"]["quantized"] == {"values": [-1.0, 1.0], "counts": [3, 1]}  # 1, -1 and -1, -1 come out of "0"
+    assert found["1"]["codes"]["counts"] == [3, 1]
+
+
 @pytest.mark.parametrize(("count", "records"), [(1, 2), (4, 3), (18, 5)])
 def test_picture(count: int, records: int, tmp_path: Path) -> None:
     _write(tmp_path, count, records)
-    path = telemetry_plots.telemetry(tmp_path, {"method": "bwn", "w_bits": 1, "seed": 0}, pdf=True)
-    assert path == tmp_path / "telemetry.png"
+    assert telemetry_plots.telemetry(tmp_path, {"method": "bwn", "w_bits": 1, "seed": 0}, forms=("png", "pdf"))
     assert (tmp_path / "telemetry.pdf").is_file()
-    with Image.open(path) as image:
+    with Image.open(tmp_path / "telemetry.png") as image:
         assert image.size == (1080, 922)  # two rows of measures (`clipped` is 0 throughout), one of histograms
         assert len(image.convert("L").getcolors() or []) > 10
 
 
 def test_no_picture_where_nothing_moves(tmp_path: Path) -> None:
     _write(tmp_path, 2, 1)
-    assert telemetry_plots.telemetry(tmp_path) is None
+    assert not telemetry_plots.telemetry(tmp_path)
     assert not (tmp_path / "telemetry.png").exists()

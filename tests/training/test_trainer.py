@@ -457,6 +457,17 @@ def test_two_workers_equal_one(cli: Cli, process: Cli, tmp_path: Path) -> None:
     assert a["key"] != b["key"]
 
 
+def test_workers_that_do_not_divide_the_test_images_count_each_once(cli: Cli, process: Cli, tmp_path: Path) -> None:
+    more = ("train.batch_size=33", "parent.batch_size=33", "dataset.test_size=127")  # 43, 42 and 42 images
+    one = process(*WORKERS, *more, "workers=3", "out=three")
+    _, err = one.communicate(timeout=300)
+    assert one.returncode == 0, err
+    (folder,) = (tmp_path / "three").glob("float-*")
+    accuracy = result(tmp_path / "three")["accuracy_last"]
+    assert accuracy * 1.27 == pytest.approx(round(accuracy * 1.27), abs=1e-9)
+    assert f"accuracy {accuracy:.2f} %" in cli("eval", folder).out
+
+
 def test_what_has_no_gradient_is_not_exchanged(tmp_path: Path) -> None:
     """The optimizer leaves it alone with workers too, as it is without."""
     a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))
