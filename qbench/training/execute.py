@@ -172,7 +172,7 @@ def _train(run: Run, screen: Screen, opened: ExitStack) -> dict[str, Any]:
 def _recorder(run: Run, opened: ExitStack) -> Recorder:
     path = run.folder / "checkpoint.pt"
     kept = checkpoint.load(path) if path.is_file() else {}
-    options = {"resume_step": kept.get("step"), "resume_records": kept.get("records")}
+    options = {f"resume_{k}": kept.get(k) for k in ("step", "records")} | {"resume_sha256": kept.get("records_sha256")}
     return opened.enter_context(closing(Recorder(run.folder, tensorboard=run.config["tensorboard"], **options)))
 
 
