@@ -139,7 +139,7 @@ class _Lease:
 
     def take(self) -> bool:
         try:
-            with self.path.open("x") as file:
+            with self.path.open("x", encoding="utf-8") as file:
                 file.write(self.token)
         except FileExistsError:
             self._break_silent()
@@ -155,7 +155,7 @@ class _Lease:
     def _mine(self) -> bool:
         """Whether nobody took this holder for dead."""
         with suppress(OSError):
-            return self.path.read_text(errors="replace") == self.token
+            return self.path.read_text(encoding="utf-8", errors="replace") == self.token
         return False
 
     def _beat(self) -> None:

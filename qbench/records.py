@@ -7,43 +7,28 @@ their shape alone.
 
 import hashlib
 import json
-import math
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from qbench.errors import UserError
 from qbench.files import sha256_file
+from qbench.shapes import NUMBER, OPEN, Each, check, parsed, parsed_yaml
 
 METRICS = "metrics.jsonl"
 RESULT = "result.json"
 CONFIG = "config.yaml"
 BEFORE = "before.json"
-SEALED = (CONFIG, METRICS, "manifest.json")  # what `sealed` notes of a run's folder
-DEPTH = 64  # how deep lists and mappings of a file may lie in each other
+MANIFEST = "manifest.json"
+SEALED = (CONFIG, METRICS, MANIFEST)  # what `sealed` notes of a run's folder
+AGAIN = "move the folder away to run again"
 
-
-@dataclass(frozen=True)
-class Each:
-    """The shape of a mapping with any fields, whose values all have the shape `of`."""
-
-    of: Any
-
-
-NUMBER = (int, float)
-OPEN = (int, float, type(None))
-NAMES = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", dict: "a mapping"}
-NAMES |= {list: "a list", type(None): "null"}
 COUNTS = {"counts": [int], "values?": [NUMBER], "lo?": OPEN, "hi?": OPEN}
 HISTOGRAM = {"latent": COUNTS, "quantized": COUNTS, "codes": (dict, type(None))}
 DATA = {"name": str, "checksum": str, "augment": str, "mean?": [NUMBER], "std?": [NUMBER], "preprocess?": str}
-# Shapes: a type or several; {field: shape}, where "field?" may be missing; [shape] of a list; Each(shape).
 RESULT_SHAPE: dict[str, Any] = {
     **dict.fromkeys(("method", "model", "dataset", "budget", "key", "protocol", "init"), str),
     **dict.fromkeys(("w_bits", "a_bits", "bits_per_weight", "seconds"), NUMBER),
@@ -67,6 +52,7 @@ CONFIG_SHAPE: dict[str, Any] = {
     "threads": (int, type(None)),
     "channels_last": bool,
 }
+MANIFEST_SHAPE: dict[str, Any] = {"weights": Each(dict), "float_inputs?": Each(str), "layers?": int}
 RECORD_SHAPE: dict[str, Any] = {
     "step": int,
     "epoch?": NUMBER,
@@ -92,10 +78,37 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 def _result(path: Path) -> dict[str, Any]:
-    with named(path):
-        content: dict[str, Any] = opened(parsed(text_of(path)))
-        check(content, RESULT_SHAPE)
+    return dict(read_json(path, RESULT_SHAPE))
+
+
+def read_json(path: Path, shape: Any, mend: str = AGAIN) -> Any:
+    """The JSON at `path`, without its checksum, compared with that where it has one, and with `shape`.
+
+    Errors: UserError naming file and field, and how to `mend` it.
+    """
+    with named(path, mend):
+        content = opened(parsed(text_of(path)))
+        check(content, shape)
     return content
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest.json of the run in `folder`; of older runs nothing.
+
+    Errors: UserError where it is corrupt, or not there though the run has written it.
+    """
+    path = folder / MANIFEST
+    return read_json(path, MANIFEST_SHAPE) if _is_there(path) else {}
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is a file of a run. Errors: UserError where there is none though the run has noted it."""
+    if path.exists():
+        return True
+    beside = path.parent / RESULT
+    if beside.is_file() and path.name in _result(beside).get("files", {}):
+        raise UserError(f"{path} is missing, though the run has written it; {AGAIN}")
+    return False
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -117,9 +130,7 @@ def read_before(folder: Path) -> float | None:
 
     Errors: UserError where the file is missing or corrupt.
     """
-    with named(folder / BEFORE):
-        content = opened(parsed(text_of(folder / BEFORE)))
-        check(content, {"accuracy_before_training": OPEN})
+    content = read_json(folder / BEFORE, {"accuracy_before_training": OPEN})
     return content["accuracy_before_training"]  # type: ignore[no-any-return]
 
 
@@ -179,7 +190,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     Errors: UserError naming file and line when any other line is not a record.
     """
     path = Path(folder) / METRICS
-    if not path.exists():
+    if not _is_there(path):
         return []
     lines = text_of(path).split("\n")  # the last one is empty unless it was cut short
     records = []
@@ -222,67 +233,6 @@ def _checksum(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def check(value: Any, shape: Any, place: str = "") -> None:
-    """Compare parsed JSON with a shape (see RESULT_SHAPE). Errors: ValueError naming the field."""
-    kind: Any = dict if isinstance(shape, dict | Each) else list if isinstance(shape, list) else shape
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        kinds = kind if isinstance(kind, tuple) else (kind,)
-        names = " or ".join(NAMES[k] for k in kinds if k is not int or float not in kinds)
-        raise ValueError(f"{place or 'it'} must be {names}, got {json.dumps(value, default=str)[:40]}")
-    inner: Iterable[tuple[Any, Any, Any]] = ()
-    if isinstance(shape, dict):
-        missing = [k for k in shape if not k.endswith("?") and k not in value]
-        if missing:
-            raise ValueError(f"{place or 'it'} has no '{missing[0]}'")
-        inner = ((n, value[n], s) for k, s in shape.items() if (n := k.rstrip("?")) in value)
-    elif isinstance(shape, Each):
-        inner = ((k, v, shape.of) for k, v in dict(value).items())
-    elif isinstance(shape, list):
-        inner = ((i, v, shape[0]) for i, v in enumerate(value))
-    for name, part, its in inner:
-        check(part, its, f"{place}.{name}" if place else str(name))
-
-
-def parsed(text: str) -> Any:
-    """The JSON in `text`; numbers are finite. Errors: ValueError."""
-
-    def refuse(word: str) -> None:
-        raise ValueError(f"{word} is no number")
-
-    def number(word: str) -> float:
-        value = float(word)
-        if not math.isfinite(value):
-            refuse(word)
-        return value
-
-    def whole(word: str) -> int:
-        number(word)  # what no float can hold is nobody's count, and fails where it is written out
-        return int(word)
-
-    try:
-        return json.loads(text, parse_constant=refuse, parse_float=number, parse_int=whole)
-    except RecursionError as error:
-        raise ValueError("lists or mappings lie too deep in each other") from error
-
-
-def parsed_yaml(text: str) -> Any:
-    """The YAML in `text`, no deeper than DEPTH and without aliases: both can cost all memory. Errors: ValueError."""
-    depth = 0
-    for bracket in re.findall(r"[\[\]{}]", text):
-        depth += 1 if bracket in "[{" else -1
-        if depth > DEPTH:
-            raise ValueError(f"brackets lie more than {DEPTH} deep in each other")
-    loader, depth = getattr(yaml, "CSafeLoader", yaml.SafeLoader), 0
-    try:
-        for event in yaml.parse(text, loader):
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > DEPTH or isinstance(event, yaml.AliasEvent):
-                raise ValueError(f"it has an alias, or is nested more than {DEPTH} deep")
-        return yaml.load(text, loader)
-    except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(error).split())) from error
-
-
 def text_of(path: Path) -> str:
     """The text of a file that is as the run beside it has left it. Errors: UserError naming it."""
     if not path.is_file():  # nothing ever comes out of a pipe
@@ -295,15 +245,15 @@ def text_of(path: Path) -> str:
     if path.name in SEALED and beside.is_file():
         noted = _result(beside).get("files", {}).get(path.name)
         if noted not in (None, hashlib.sha256(data).hexdigest()):
-            raise UserError(f"{path} is corrupt: it is not what the run has written; move the folder away to run again")
+            raise UserError(f"{path} is corrupt: it is not what the run has written; {AGAIN}")
     with named(path):
         return data.decode()
 
 
 @contextmanager
-def named(path: Path) -> Iterator[None]:
-    """A ValueError while reading `path` becomes a UserError that names it."""
+def named(path: Path, mend: str = AGAIN) -> Iterator[None]:
+    """A ValueError while reading `path` becomes a UserError that names it, and says how to `mend` it."""
     try:
         yield
     except ValueError as error:
-        raise UserError(f"{path} is corrupt ({error}); move the folder away to run again") from error
+        raise UserError(f"{path} is corrupt ({error}); {mend}") from error

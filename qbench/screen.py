@@ -34,7 +34,7 @@ def say(text: str, end: str = "\n") -> None:
         if isinstance(error, OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         else:
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (for the rest of the process)
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (for the rest of the process)
         with suppress(OSError, ValueError, AttributeError):
             sys.stderr.write(f"qbench: the output cannot be written any more ({reason}); the work goes on without it\n")
 

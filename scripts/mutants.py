@@ -143,7 +143,7 @@ def faults(node: ast.AST) -> Iterator[Fault]:
 def imports(path: Path) -> set[str]:
     """The modules that a file imports, and what it takes of them: 'a.b' and 'a.b.c' of `from a.b import c`."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {a.name for a in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -192,7 +192,7 @@ class Failed:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
-            with self.path.open("a") as file:
+            with self.path.open("a", encoding="utf-8") as file:
                 file.write(f"{report.nodeid}\n")
 
 
@@ -206,14 +206,14 @@ def pytest_status(words: list[str], seconds: float, plugins: Sequence[object] = 
 def passing(words: list[str], most: float) -> tuple[list[str], float]:
     """(words for those of the tests that pass without a fault, their time limit); none where they take too long."""
     started, failed = time.monotonic(), Path("failed.txt").resolve()
-    failed.write_text("")
+    failed.write_text("", encoding="utf-8")
     status = pytest_status(words, most, [Failed(failed)])
     if status not in (None, 0, 1, 5):
         raise SystemExit(f"pytest cannot run {' '.join(words)} (status {status}), without any fault")
     if status is None:
         print(f"  left out: {' '.join(words)} takes more than {most:g} s", flush=True)
         return [], 0.0
-    names = failed.read_text().splitlines()
+    names = failed.read_text(encoding="utf-8").splitlines()
     for name in names:
         print(f"  left out: {name} fails as it is", flush=True)
     return [*words, *(f"--deselect={name}" for name in names)], 10 + 5 * (time.monotonic() - started)
@@ -231,7 +231,7 @@ def rounds(module: str, more: list[str], most: float) -> list[tuple[list[str], f
 def attack(module: str, more: list[str], options: dict[str, int]) -> int:
     """Plant the faults drawn for one module, each in its turn; returns how many survive."""
     path = Path(module)
-    whole = path.read_text()
+    whole = path.read_text(encoding="utf-8")
     tree = ast.parse(whole)
     found = list(faults(tree))
     count = min(options["count"] or len(found), len(found))
@@ -243,14 +243,14 @@ def attack(module: str, more: list[str], options: dict[str, int]) -> int:
     Path(importlib.util.cache_from_source(module)).unlink(missing_ok=True)
     with writing_no_bytecode():
         for fault in (found[i] for i in drawn):
-            path.write_text(fault.planted(tree))
+            path.write_text(fault.planted(tree), encoding="utf-8")
             statuses = (pytest_status(["-x", *words], limit) for words, limit in trials)
             noticed = next((s for s in statuses if s not in (0, 5)), 0)  # 5: all tests of a file are for a GPU
             late += noticed is None
             if noticed == 0:
                 survived += 1
                 print(f"  survived, {fault.told()}", flush=True)
-    path.write_text(whole)
+    path.write_text(whole, encoding="utf-8")
     print(f"  {count - survived} noticed, {late} of them by the time limit; {survived} survived", flush=True)
     return survived
 

@@ -72,7 +72,7 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 def asked(old: Path) -> Iterator[list[Any]]:
     """[card, row, budget, seed, key, key as OLD composes it, configuration, words] of every entry in OLD's results."""
-    done = subprocess.run([sys.executable, "-c", ASK], cwd=old, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", ASK], cwd=old, capture_output=True, encoding="utf-8", check=False)
     if done.returncode:
         raise UserError(f"{old} does not answer: {done.stderr.strip().splitlines()[-1:]}")
     return map(json.loads, done.stdout.splitlines())

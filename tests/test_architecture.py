@@ -3,6 +3,7 @@
 import ast
 import functools
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -16,16 +17,37 @@ from qbench.errors import UserError
 
 PACKAGE = Path(__file__).resolve().parent.parent / "qbench"
 FILES = sorted(PACKAGE.rglob("*.py"))
-LEAVES = ("errors", "files", "screen", "quant.ops", "quant.ranges", "quant.packing", "config.kinds", "config.bits")
+LEAVES = (
+    "errors",
+    "files",
+    "shapes",
+    "screen",
+    "quant.ops",
+    "quant.ranges",
+    "quant.packing",
+    "config.kinds",
+    "config.bits",
+)
 # Rooms and modules that a command without computing may load: torch takes seconds.
-LIGHT = ("config", "cli", "papers", "errors", "files", "records", "screen", "figures.report", "methods.shared.xor_spec")
-# What each room may import, beside errors, files, records and itself.
+LIGHT = (
+    "config",
+    "cli",
+    "papers",
+    "errors",
+    "files",
+    "records",
+    "shapes",
+    "screen",
+    "figures.report",
+    "methods.shared.xor_spec",
+)
+# What each room may import, beside errors, files, records, shapes and itself.
 ROOMS: dict[str, set[str]] = {
     "config": set(),
     "quant": set(),
     "methods": {"quant"},
     "models": set(),
-    "data": set(),
+    "data": {"config"},
     "kernels": {"quant", "models", "config", "data"},
     "figures": {"training"},
     "training": {"config", "quant", "kernels", "data", "figures", "screen"},
@@ -98,7 +120,7 @@ def test_nothing_in_the_core_knows_a_paper() -> None:
 def test_a_room_knows_only_those_it_may(room: str) -> None:
     for name, used in graph(everywhere=True).items():
         if name.startswith(f"qbench.{room}"):
-            rooms = {u.split(".")[1] for u in used} - {room, "errors", "files", "records"}
+            rooms = {u.split(".")[1] for u in used} - {room, "errors", "files", "records", "shapes"}
             assert rooms <= ROOMS[room], f"{name}: {sorted(rooms - ROOMS[room])}"
 
 
@@ -118,6 +140,28 @@ def test_the_models_know_nothing_of_quantization() -> None:
     for name, used in graph(everywhere=True).items():
         if name.startswith("qbench.models."):
             assert all(u.startswith("qbench.models") for u in used), name
+
+
+def test_every_text_names_its_encoding() -> None:
+    """The system's own may be another on the machine where a file is read."""
+    opening = {"open", "read_text", "write_text", "fdopen", "run", "Popen", "check_output"}
+    found, seen = [], 0
+    for path in [*FILES, *sorted((PACKAGE.parent / "scripts").glob("**/*.py"))]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            words = {k.arg: ast.unparse(k.value) for k in node.keywords}
+            texts = [str(a.value) for a in node.args if isinstance(a, ast.Constant)] + [words.get("mode", "")]
+            binary = any(re.fullmatch(r"[rwxa+]*b[rwxa+]*", t.strip("'\"")) for t in texts)
+            other = ast.unparse(node.func) in ("os.open", "Image.open") or (
+                name in ("run", "Popen", "check_output") and not {"text", "universal_newlines"} & words.keys()
+            )
+            if name in opening and not binary and not other:
+                seen += 1
+                found += [] if "encoding" in words else [f"{path.name}:{node.lineno}: {ast.unparse(node)[:60]}"]
+    assert seen > 20
+    assert found == []
 
 
 def test_only_build_instantiates() -> None:

@@ -1,9 +1,8 @@
-"""scripts/xnor_k.py: the parts of K, and how the inputs' strength varies; scripts/attack.py: damage is noticed;
-scripts/rekey.py: results keep their names."""
+"""scripts/xnor_k.py: the parts of K, and how the inputs' strength varies; scripts/rekey.py: results keep
+their names."""
 
 import importlib.util
 import json
-import random
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,8 +13,6 @@ from torch import nn
 
 from qbench.cli.overrides import resolve_row
 from qbench.config.identity import digest, identity, parent_of
-from qbench.errors import UserError
-from qbench.figures import report
 from qbench.methods.shared.binary import Sign
 from qbench.methods.xnor import XnorLayer
 from qbench.papers import results
@@ -70,34 +67,6 @@ def test_what_it_cannot_do_is_answered_with_what_it_can(process: Any) -> None:
     _, error = asked.communicate()
     assert asked.returncode == 1
     assert "VARIANT: unpadded, image, pattern, batch" in error
-
-
-def test_a_damaged_result_of_old_is_refused_by_name_or_shown(tmp_path: Path) -> None:
-    """1,000 of the mutations of scripts/attack.py, of a result.json that vouches for nothing: never another error."""
-    attack, (source, *_) = load("attack"), sorted((ROOT / "docs" / "results").rglob("result.json"))
-    whole, path = source.read_bytes(), tmp_path / "result.json"
-    assert "checksum" not in attack.json.loads(whole)
-    refused = shown = 0
-    for seed in range(1000):
-        chance = random.Random(seed)
-        way = (attack.change_field, attack.flip, attack.cut, attack.take_out)[seed % 4]
-        path.write_bytes(way(whole, chance)[0])
-        try:
-            result = read_result(path)
-        except UserError as error:
-            refused += str(path) in str(error)
-            continue
-        shown += 1
-        report.table([{**result, "folder": "x"}])
-        report.tell(tmp_path, result, str)
-    assert refused + shown == 1000
-    assert shown > 100
-    assert refused > 300
-
-
-@pytest.mark.slow
-def test_attacks_on_every_file_come_to_nothing(tmp_path: Path) -> None:
-    assert load("attack").attack_all(attacks=8, seed=1, only=set()) == 0
 
 
 # scripts/rekey.py

@@ -4,6 +4,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,13 @@ from qbench.bench import busy, gpu, memory, page, peers, speed, whole
 from qbench.bench.setting import Setting, use_kernels
 from qbench.bench.timing import Entry
 from qbench.cli.usage import HELP
-from qbench.config import catalog
+from qbench.config import catalog, kinds
+from qbench.config.options import MOST
 from qbench.config.recipe import KERNELS
 from qbench.errors import UserError, nearest, unknown
 from qbench.files import atomic_write
+from qbench.records import named, read_json, sealed
+from qbench.shapes import NUMBER, check
 from qbench.training import device
 
 SHORT = (
@@ -25,6 +29,31 @@ SHORT = (
     "start/list",
 )  # fmt: skip
 COMMITTED = "docs/benchmarks.json"
+NUMBERS = {
+    "batch": kinds.whole(1, 1 << 16),
+    "rounds": kinds.whole(1, 1000),
+    "threads": kinds.whole(1, MOST),
+    "margin": kinds.number(0),
+}
+MEND = "restore it or move it away, and if it was edited by hand, delete its line 'checksum'"
+ENTRY = {
+    **dict.fromkeys(("name", "mode", "of"), str),
+    "ratio": NUMBER,
+    **dict.fromkeys(("seconds?", "base_seconds?", "images_per_s?"), NUMBER),
+    **{"model?": str, "batch?": int, "rounds?": int, "note?": str},
+    "values?": {
+        **dict.fromkeys(("mean?", "std?", "base_mean?", "base_std?", "w_bits?", "a_bits?", "bytes?"), NUMBER),
+        "version?": str,
+    },
+    "machine": {"cpu": str, "cores": int, "threads": int, "torch": str, "python?": str, "gpu?": str},
+}
+# What the page needs of some, by the first part of their names.
+STEP = {"model": str, "images_per_s": NUMBER, "values": {"w_bits": NUMBER, "a_bits": NUMBER}}
+NEEDED = {
+    "step": STEP,
+    "peer": {**STEP, "values": {**STEP["values"], "version": str}},  # type: ignore[dict-item]
+    "accuracy": {"values": dict.fromkeys(("mean", "std", "base_mean", "base_std"), NUMBER)},
+}
 OPTIONS = (
     "only", "device", "rounds", "model", "batch", "threads", "kernels", "precision", "peers", "quick", "out", "against",
     "margin", "debug",
@@ -62,13 +91,14 @@ def _words(args: Sequence[str]) -> dict[str, str]:
     return words
 
 
-def _number(name: str, text: str, whole_from: int | None = None) -> Any:
-    try:
-        value = float(text) if whole_from is None else int(text)
-    except ValueError:
-        value = -1
-    if value < (whole_from or 0):
-        raise UserError(f"{name} must be a {'number' if whole_from is None else 'whole number above 0'}, got '{text}'")
+def _number(name: str, text: str) -> Any:
+    """The number that an option of NUMBERS says."""
+    value: Any = text
+    for kind in (int, float):
+        with suppress(ValueError):
+            value = kind(text)
+            break
+    NUMBERS[name].check(name, value)
     return value
 
 
@@ -84,9 +114,9 @@ def _setting(words: dict[str, str], only: tuple[str, ...]) -> Setting:
     setting = Setting(
         only=tuple(words["only"].split(",")) if "only" in words else only,
         models=tuple(words.get("model", "tiny" if quick else "resnet20").split(",")),
-        batch=_number("batch", words.get("batch", "16" if quick else "128"), 1),
-        rounds=_number("rounds", words.get("rounds", "2" if quick else "5"), 1),
-        threads=_number("threads", words["threads"], 1) if "threads" in words else None,
+        batch=_number("batch", words.get("batch", "16" if quick else "128")),
+        rounds=_number("rounds", words.get("rounds", "2" if quick else "5")),
+        threads=_number("threads", words["threads"]) if "threads" in words else None,
         kernels=tuple(words.get("kernels", "auto").split(",")),
         precisions=tuple(words.get("precision", "fp32,tf32,bf16" if on_gpu else "fp32,bf16").split(",")),
         peers=_truth("peers", words.get("peers", "false")),
@@ -182,19 +212,21 @@ def key(entry: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The entries of a bench.json.
+    """The entries of a bench.json; a plain list of them, as it once was, is checked by its shape alone.
 
-    Errors: UserError when it is missing or no list of entries.
+    Errors: UserError naming file and field when it is missing or corrupt.
     """
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"no {path}; qbench bench out=DIR writes DIR/bench.json") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, list) or not all(isinstance(e, dict) and "ratio" in e for e in content):
-        raise UserError(f"{path} is not a list of benchmark entries")
-    return content
+    if not path.exists():
+        raise UserError(f"no {path}; qbench bench out=DIR writes DIR/bench.json")
+    content = read_json(path, (dict, list), MEND)  # a mapping with a checksum, or a list
+    with named(path, MEND):
+        check(content, {"entries": [ENTRY]} if isinstance(content, dict) else [ENTRY])
+        entries = content["entries"] if isinstance(content, dict) else content
+        for entry in entries:
+            check(entry, NEEDED.get(entry["name"].partition("/")[0], {}), entry["name"])
+            if entry["ratio"] <= 0:
+                raise ValueError(f"the ratio of {entry['name']} must be above 0, got {entry['ratio']}")
+    return list(entries)
 
 
 def write(out: Path | None, entries: list[dict[str, Any]]) -> None:
@@ -203,10 +235,11 @@ def write(out: Path | None, entries: list[dict[str, Any]]) -> None:
         return
     path = out / "bench.json"
     new = {key(e) for e in entries}
-    kept = [e for e in read(path) if key(e) not in new] if path.is_file() else []
-    lines = sorted(json.dumps(e) for e in [*kept, *entries])
+    kept = [e for e in read(path) if key(e) not in new] if path.exists() else []
+    whole = sorted([*kept, *entries], key=json.dumps)
+    lines = ",\n".join(map(json.dumps, whole))
     out.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, "[\n" + ",\n".join(lines) + "\n]\n")
+    atomic_write(path, f'{{"entries": [\n{lines}\n],\n"checksum": "{sealed({"entries": whole})["checksum"]}"}}\n')
 
 
 def worse(new: list[dict[str, Any]], old: list[dict[str, Any]], margin: float) -> list[str]:

@@ -1,6 +1,5 @@
 """What surrounds the steps: data, checkpoints and records, the start of the program, a sweep, bf16's accuracy."""
 
-import json
 import os
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from qbench.bench.timing import Act, Entry, alternate, ratio
 from qbench.data import Batches, Split, Stream, StreamBatches
 from qbench.data.images import decode, decode_all
 from qbench.errors import UserError
+from qbench.records import read_result
 from qbench.training import device
 from qbench.training.recorder import Recorder
 from qbench.training.trainer import LOGS_PER_EPOCH
@@ -171,7 +171,7 @@ def _process(words: list[str]) -> Act:
     """An act that runs Python with `words`; errors: UserError with what it said."""
 
     def act() -> None:
-        done = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=_environment())
+        done = subprocess.run([sys.executable, *words], capture_output=True, encoding="utf-8", env=_environment())
         if done.returncode:
             raise UserError(f"{' '.join(words[-4:])} ended with {done.returncode}: {done.stderr[-500:]}")
 
@@ -190,7 +190,7 @@ def _results(words: list[str], out: str) -> tuple[float, list[dict[str, Any]]]:
     began = time.perf_counter()
     _process(["-m", "qbench", "-m", *words, f"out={out}"])()
     took = time.perf_counter() - began
-    return took, [json.loads(path.read_text()) for path in sorted(Path(out).rglob("result.json"))]
+    return took, [read_result(path) for path in sorted(Path(out).rglob("result.json"))]
 
 
 def sweep(s: Setting) -> Iterator[Entry]:

@@ -14,7 +14,7 @@ from qbench.cli.overrides import SYNONYMS, check, check_options, forced, parse, 
 from qbench.cli.texts import typed
 from qbench.cli.usage import HELP, USAGE
 from qbench.cli.waiting import spin_briefly
-from qbench.config import catalog
+from qbench.config import allowed, catalog
 from qbench.config.kinds import seconds
 from qbench.config.options import OPTIONS
 from qbench.errors import UserError, unknown
@@ -144,7 +144,7 @@ def _evaluate(args: list[str]) -> int:
         raise UserError(f"no such run or checkpoint: {path}")
     if (folder / "config.yaml").is_file() and (path.is_dir() or path.name == "model.pt"):
         given = {o.key_or_group: o.value() for o in parse(overrides)}
-        place, packages = given.pop("device", None), given.pop("allow", [])
+        place, packages = given.pop("device", None), given.pop("allow", "")
         strange = [key for key in given if not key.startswith("dataset.")]
         if strange:
             raise UserError(
@@ -152,7 +152,7 @@ def _evaluate(args: list[str]) -> int:
             )
         if place not in (None, "auto", "cpu", "cuda"):
             raise unknown("device", str(place), ("auto", "cpu", "cuda"))
-        allow = [str(p) for p in packages] if isinstance(packages, list) else str(packages).split(",")
+        allow = allowed.packages(",".join(map(str, packages)) if isinstance(packages, list) else str(packages))
         from qbench.figures.report import percent
         from qbench.training.finished import evaluate
 

@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from qbench.cli.texts import typed
 from qbench.config import catalog
-from qbench.config.options import HYDRA, OPTIONS
+from qbench.config.data import KINDS
+from qbench.config.options import HYDRA, MODEL, OPTIONS, check_method
 from qbench.errors import UserError, nearest, unknown
+from qbench.records import named, text_of
+from qbench.shapes import parsed_yaml
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -75,12 +78,17 @@ def parse(overrides: Sequence[str], sweep: bool = False) -> "list[Override]":
     for text in overrides:
         if "=" not in text and not text.startswith("~"):
             raise UserError(f"'{text}' is not of the form name=value. Example: method=pact bits=4")
-    try:
-        parsed = OverridesParser.create().parse_overrides(typed(overrides, sweep))
-    except HydraException as error:
-        raise UserError(f"cannot read the command line: {str(error).splitlines()[0]:.200}") from error
-    except RecursionError:
-        raise UserError("cannot read the command line: brackets within brackets, too deep") from None
+    parsed = []
+    for text, word in zip(overrides, typed(overrides, sweep), strict=True):
+        try:
+            parsed += OverridesParser.create().parse_overrides([word])
+        except (HydraException, ValueError) as error:  # ValueError: of a number of more than 4300 digits
+            why = f"{str(error).splitlines()[0]:.200}"
+            raise UserError(f"cannot read the command line at '{text:.100}': {why}") from error
+        except RecursionError:
+            raise UserError(
+                f"cannot read the command line at '{text:.100}': brackets within brackets, too deep"
+            ) from None
     for p in parsed:
         if p.is_sweep_override() and not sweep:
             raise UserError(f"{p.input_line} has several values: add -m to run one after the other")
@@ -111,14 +119,20 @@ def check(overrides: Sequence[str], sweep: bool = False, own: Path | None = None
     """
     from hydra.errors import HydraException, MissingConfigException
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     from qbench.config.resolve import NotApplicable, resolve
 
     plain, groups, first = [], [], []
     methods: list[str] = []
+    asked: list[tuple[str, Any]] = []  # options of methods, each value
     strange = False  # whether a name is added that Hydra would take, right or wrong
-    for p in parse(overrides, sweep):
-        values = _values(p, own)
+    words = parse(overrides, sweep)
+    searching = any(p.key_or_group == "hydra/sweeper" for p in words)
+    for p in words:
+        values = _values(p, own, searching)
+        if sweep and p.key_or_group.startswith("options."):
+            asked += [(p.key_or_group.removeprefix("options."), value) for value in values]
         _check_values(p, values, own)
         if p.key_or_group in catalog.GROUPS and p.package is None:
             groups.append(f"{p.key_or_group}={values[0]}")
@@ -130,6 +144,9 @@ def check(overrides: Sequence[str], sweep: bool = False, own: Path | None = None
                 strange |= added
         line = str(p.input_line)
         first.append(f"{line.partition('=')[0]}={_first(p, values)}" if p.is_sweep_override() else line)
+    for name, value in asked:
+        for method in methods or ["pact"]:
+            check_method(method, {name: value})
     if sweep or strange:  # `forced` lets any option pass
         _check_names(plain, groups, methods, own)
     try:
@@ -137,6 +154,8 @@ def check(overrides: Sequence[str], sweep: bool = False, own: Path | None = None
     except NotApplicable:
         if not sweep:
             raise
+    except (YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise _unreadable(own, error) from error
     except MissingConfigException as error:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         raise unknown(group, name, error.options or ()) from error
@@ -144,6 +163,14 @@ def check(overrides: Sequence[str], sweep: bool = False, own: Path | None = None
         _check_names(plain, groups, methods, own)
         reason = str(error).splitlines()[0]
         raise UserError(f"cannot put the configuration together: {reason}") from error
+
+
+def _unreadable(own: Path | None, error: Exception) -> UserError:
+    """Which file of the user's own configuration cannot be read, and why."""
+    for path in sorted(own.rglob("*.yaml")) if own else ():
+        with named(path, "mend it, or take it out of --config-dir"):
+            parsed_yaml(text_of(path), aliases=True)
+    return UserError(f"cannot read the configuration: {' '.join(str(error).split())[:300]}")
 
 
 def _check_values(p: "Override", values: Sequence[Any], own: Path | None) -> None:
@@ -158,10 +185,19 @@ def _check_values(p: "Override", values: Sequence[Any], own: Path | None) -> Non
         for value in values:
             if value not in known:
                 raise unknown(key, str(value), known)
-    kind = {**OPTIONS, **HYDRA}.get(key)
+    if key.startswith("hydra.") and (name := key.split(".")[1]) not in (known := _hydras()):
+        raise unknown("option of Hydra", f"hydra.{name}", [f"hydra.{n}" for n in known])
+    kind = {**OPTIONS, **KINDS, **HYDRA, **({} if own else {f"model.{k}": v for k, v in MODEL.items()})}.get(key)
     if kind and (p.is_sweep_override() or key in HYDRA):  # all others are checked as they are composed
         for value in values:
             kind.check(key, value)
+
+
+def _hydras() -> list[str]:
+    """What stands directly under `hydra` in Hydra's own configuration."""
+    from hydra.conf import HydraConf
+
+    return [*HydraConf.__dataclass_fields__]
 
 
 def _names(group: str, own: Path | None) -> list[str]:
@@ -171,10 +207,12 @@ def _names(group: str, own: Path | None) -> list[str]:
     )
 
 
-def _values(p: "Override", own: Path | None) -> list[Any]:
+def _values(p: "Override", own: Path | None, searching: bool) -> list[Any]:
     """What `p` says, one by one; of an interval, in which an optimizer searches, the lower end.
 
-    Errors: UserError where it says nothing, or an interval where a width is asked for.
+    searching: whether such an optimizer was asked for.
+
+    Errors: UserError where it says nothing, or an interval where a width is asked for, or where none searches.
     """
     from hydra.core.override_parser.types import Glob, IntervalSweep, QuotedString
 
@@ -182,6 +220,11 @@ def _values(p: "Override", own: Path | None) -> list[Any]:
     if isinstance(value, IntervalSweep):
         if p.key_or_group in ("bits", "w_bits", "a_bits"):
             raise UserError(f"{p.input_line} would draw any number between; name the widths: {p.key_or_group}=2,3,4")
+        if not searching:
+            raise UserError(
+                f"{p.input_line} is for a sweeper that searches (hydra/sweeper=...); "
+                f"name the values: {p.key_or_group}=1,2"
+            )
         return [value.start]
     if isinstance(value, Glob):
         found: list[Any] = list(value.filter(_names(p.key_or_group, own)))

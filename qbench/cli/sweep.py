@@ -22,9 +22,13 @@ from qbench.config.identity import digest
 from qbench.errors import UserError
 from qbench.figures import report
 from qbench.files import atomic_write
+from qbench.records import RESULT_SHAPE, named, read_json, sealed
 from qbench.screen import Screen, say, speak_any_encoding
+from qbench.shapes import check
 from qbench.training.interrupt import SIGNALS, SWEEP, Interrupted, handling, status, stop_sweep, sweep_stopped
 
+MEND = "the run itself may be done, the same command tells"
+NOTE = {"overrides": [str], "cells": [str], "out": str, "status": str, "error?": str, "result?": dict}
 TRIES = 2  # times that a run is begun whose worker is killed
 NEEDED = ("qbench.training.run", "torch._dynamo", "torch.utils.tensorboard.writer", "matplotlib.backends.backend_agg")
 
@@ -67,7 +71,7 @@ class Cell:
 
     def end(self, note: dict[str, Any]) -> None:
         """Note what it came to."""
-        atomic_write(self._note, json.dumps(note))
+        atomic_write(self._note, json.dumps(sealed(json.loads(json.dumps(note)))))
 
 
 def _nothing(words: Sequence[str]) -> dict[str, Any]:
@@ -178,12 +182,27 @@ def _import(owner: int) -> None:
     gc.freeze()
 
 
+def read_note(path: Path) -> dict[str, Any]:
+    """What is noted of a run; a note that is damaged is one of a run that failed."""
+    try:
+        note = read_json(path, NOTE, MEND)
+        with named(path, MEND):
+            check(note, {"done": {"result": RESULT_SHAPE}, "planned": {}}.get(note["status"], {"error": str}))
+        return dict(note)
+    except UserError as error:
+        return {**_nothing([f"run {int(path.stem) + 1}"]), "status": "failed", "error": str(error)}
+
+
 def table(folder: Path) -> int:
     """Print the table of a sweep from the notes that its runs left in `folder`, and leave it where they lie.
 
     Returns 0 when nothing failed.
     """
-    notes = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    notes = [read_note(path) for path in sorted(folder.glob("*.json"))]
+    for begun in sorted(folder.glob("*.begun")):
+        if not begun.with_suffix(".json").exists():
+            state = "stopped" if sweep_stopped() else "failed"
+            notes.append({**_nothing([f"run {int(begun.stem) + 1}"]), "status": state, "error": "it has left no note"})
     results = [n["result"] for n in notes if n["status"] == "done"]
     others = [[*n["cells"], "", "", n["status"]] for n in notes if n["status"] != "done"]
     say("")
@@ -200,6 +219,8 @@ def table(folder: Path) -> int:
     )
     if results:
         _leave(notes, results, others)
+    if notes and count["n/a"] == len(notes):  # then it is no method that lacks a width, but the words are wrong
+        raise UserError(f"nothing of the sweep is applicable: {notes[0]['error']}")
     if count["stopped"]:
         say("The same command goes on with what was stopped.")
         return status()

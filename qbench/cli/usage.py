@@ -91,6 +91,8 @@ qbench paper all [option=value ...]             the same for every card
   draw=true               collect what is finished and draw it, run nothing
   out=DIR                 where runs go and are looked for (outputs)
   results=DIR             where tables and figures go (docs/results of a checkout, else results)
+  time_limit=8m           for all of it: the run in hand saves its state, and the same command goes on
+  allow=PACKAGE           that the words of a card may name, as of a run in qbench eval
   device=  threads=  dataset.root=  tensorboard=  checkpoint_seconds=  debug=    as in a run
 """,
     "bench": """\

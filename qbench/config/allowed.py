@@ -39,7 +39,7 @@ def check(config: Mapping[str, Any], source: str, allow: Sequence[str] = ()) -> 
             _check_name(source, place, value, allow)
 
 
-def check_words(words: Sequence[str], source: str) -> None:
+def check_words(words: Sequence[str], source: str, allow: Sequence[str] = ()) -> None:
     """The same for words of a command line that a card holds, before Hydra reads them.
 
     Errors: UserError naming `source` and the word.
@@ -49,7 +49,16 @@ def check_words(words: Sequence[str], source: str) -> None:
             raise UserError(f"{source}: '{word}': a card may neither interpolate nor set Hydra's own options")
         for key, name in _WORD.findall(word):
             if key == TARGET or "." in name:
-                _check_name(source, word.partition("=")[0], name, ())
+                _check_name(source, word.partition("=")[0], name, allow)
+
+
+def packages(text: str) -> tuple[str, ...]:
+    """The names in `allow=A,B` or `allow=[A,B]`. Errors: UserError where one is no name of a package."""
+    found = tuple(name.strip() for name in text.removeprefix("[").removesuffix("]").split(",") if name.strip())
+    for name in found:
+        if not all(part.isidentifier() for part in name.split(".")):
+            raise UserError(f"allow must be the name of a package, or several as [A,B], got '{name}'")
+    return found
 
 
 def _leaves(node: Any, place: str = "") -> Iterator[tuple[str, Any]]:
@@ -73,7 +82,7 @@ def _check_name(source: str, place: str, name: Any, allow: Sequence[str]) -> Non
     raise UserError(
         f"{source}: {place} names {name!r}, and calling that could run any code. From a file only qbench's own "
         f"classes, torch.nn, torch.optim and torchvision.models are built. If you trust it: allow={package} behind "
-        f"qbench eval, or qbench.load(folder, allow=('{package}',))"
+        f"qbench eval or qbench paper, or qbench.load(folder, allow=('{package}',))"
     )
 
 

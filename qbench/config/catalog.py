@@ -7,9 +7,16 @@ from typing import Any
 import yaml
 
 from qbench.errors import UserError, unknown
+from qbench.shapes import check
 
 GROUPS = ("method", "model", "dataset", "budget")
 FAMILIES = ("float", "ptq", "qat", "fixed-point", "binary", "flexor")
+SHAPE: dict[str, Any] = {
+    **dict.fromkeys(("name", "title", "family", "summary", "init", "arxiv?", "check?"), str),
+    **dict.fromkeys(("w_bits", "a_bits", "recipe?", "budgets?", "needs?", "added?"), dict),
+    **{name: [dict] for name in ("rules?", "stages?", "param_groups?")},
+    "unmoved?": [str],
+}
 NEEDED = ("name", "title", "family", "summary", "w_bits", "a_bits", "init")  # what no method's YAML goes without
 
 
@@ -69,6 +76,10 @@ def check_method(method: Mapping[str, Any] | None, where: str) -> dict[str, Any]
             f"'# @package _global_' and holds 'method:' and 'options:'"
         )
     assert method is not None
+    try:
+        check({k: v for k, v in method.items() if v is not None}, SHAPE)
+    except ValueError as error:
+        raise UserError(f"{where}: method.{error}") from error
     if method["family"] not in FAMILIES:
         raise unknown(f"method.family in {where}", method["family"], FAMILIES)
     return dict(method)

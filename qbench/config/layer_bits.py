@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qbench import records
+from qbench import shapes
 from qbench.config import bits
 from qbench.errors import UserError
 
@@ -23,7 +23,7 @@ def read(given: Any, method: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     if isinstance(given, str):
         path = Path(given).expanduser()
         try:
-            given = records.parsed_yaml(path.read_text(encoding="utf-8"))
+            given = shapes.parsed_yaml(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"layer_bits={path}: {getattr(error, 'strerror', None) or error}. {FORM}") from error
     if not isinstance(given, Mapping) or not given:

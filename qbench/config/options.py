@@ -1,6 +1,6 @@
 """Every option of conf/config.yaml: its type, its range and its words, said once. No torch here.
 
-What lies under `dataset` is checked where data are read; what lies under `model` and `method` by the classes they name.
+Those of data sets are beside it; what else lies under `model` and `method` is checked by the classes they name.
 """
 
 from collections.abc import Mapping
@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qbench.config import bits, catalog
+from qbench.config import bits, catalog, data
 from qbench.config.identity import needs_parent
-from qbench.config.kinds import NAME, PATH, START, TIME, Kind, is_number, number, one_of, truth, whole
+from qbench.config.kinds import NAME, PATH, START, TIME, Kind, is_number, number, numbers, one_of, truth, whole
 from qbench.config.recipe import FIELDS, KERNELS, PRECISIONS
 from qbench.errors import UserError, unknown
 
@@ -74,6 +74,18 @@ OPTIONS: dict[str, Kind] = {
     "plan": truth(),
     "debug": truth(),
 }
+# Those of our own nets, whichever of them have it.
+MODEL: dict[str, Kind] = {
+    "width": number(0, above=True),
+    "depth": whole(1),
+    "hidden": numbers("a list of whole numbers above 0", lambda xs: all(x > 0 and x == int(x) for x in xs)),
+    "padding": whole(0),
+    "shortcut": one_of("A", "B"),
+    **dict.fromkeys(
+        ("preactivation", "shortcut_per_conv", "raw_shortcut", "final_norm", "batch_norm"), truth(null=True)
+    ),
+    **dict.fromkeys(("dropout", "dropout_in"), number(0, 1, below=True, null=True)),
+}
 GROUPS = ("train", "parent", "distill")  # of options; `options`, `model`, `method`, `dataset` and `budget` beside them
 # What a run knows beside them: Hydra's own, of which one is ours to check.
 HYDRA = {
@@ -116,6 +128,10 @@ def check(config: Mapping[str, Any]) -> None:
     if told and not config["distill"]["weight"]:
         raise UserError(f"distill.{told[0]} is for distill.weight above 0")
     check_method(config["method"]["name"], config["options"])
+    for name, value in config["model"].items():
+        if name in MODEL and config["model"]["name"] in catalog.names("model"):
+            MODEL[name].check(f"model.{name}", value)
+    data.check(str(config["dataset"].get("name")), config["dataset"])
 
 
 def _no_value(group: str, value: Any) -> UserError:
@@ -143,7 +159,7 @@ def check_size(config: Mapping[str, Any], images: int) -> None:
 
 
 def check_method(method: str, options: Mapping[str, Any]) -> None:
-    """Of the options of our own methods: a truth value or a number where the default is one."""
+    """Of the `options` of our own methods that are given: a truth value or a number where the default is one."""
     for name, default in (catalog.options(method) if method in catalog.names("method") else {}).items():
         words = WORDS.get(f"{method}.{name}")
         if isinstance(default, bool):
@@ -154,4 +170,5 @@ def check_method(method: str, options: Mapping[str, Any]) -> None:
             kind = number(null=True, words=words or ())
         else:
             continue
-        kind.check(f"method={method}: options.{name}", options.get(name))
+        if name in options:
+            kind.check(f"method={method}: options.{name}", options[name])

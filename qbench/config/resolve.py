@@ -40,7 +40,8 @@ def resolve(config: DictConfig) -> dict[str, Any]:
     except UserError as error:
         raise NotApplicable(str(error)) from error
     recipe_init = (raw.get("recipe") or {}).get("init", raw["init"])
-    config.init = config.init or (recipe_init if config.budget.name == "paper" else raw["init"])
+    if config.init is None:
+        config.init = recipe_init if config.budget.name == "paper" else raw["init"]
     words = {f"${{options.{name}}}" for name in neutral(raw, OmegaConf.to_container(config.options, resolve=True))}  # type: ignore[arg-type]
     if words:
         with open_dict(config):

@@ -5,12 +5,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from qbench.data import options
-from qbench.data.batching import AUGMENTATIONS, Batches
+from qbench.config import data as options
+from qbench.config.data import AUGMENTATIONS, PREPROCESSINGS, STREAM_AUGMENTATIONS
+from qbench.data.batching import Batches
 from qbench.data.generated import digits, synthetic
 from qbench.data.sources import ORIGINALS, check_published, image_folder, original
 from qbench.data.splits import DataSet, Source, Split, Stream, draw
-from qbench.data.stream import STREAM_AUGMENTATIONS, StreamBatches, batches, image_stream, imagenet
+from qbench.data.stream import StreamBatches, batches, image_stream, imagenet
 from qbench.errors import UserError, unknown
 
 __all__ = ["Batches", "DataSet", "Source", "Split", "Stream", "StreamBatches", "batches", "load"]
@@ -24,7 +25,6 @@ READERS: dict[str, Callable[[Mapping[str, Any]], tuple[Source, Source]]] = {
     "imagenet": imagenet,
     **dict.fromkeys(ORIGINALS, original),
 }
-PREPROCESSINGS = ("standard", "gcn_zca")
 
 
 def load(config: Mapping[str, Any]) -> DataSet:

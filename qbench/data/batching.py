@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qbench.config.data import AUGMENTATIONS
 from qbench.data.splits import Split
 from qbench.data.whiten import Whiten
 
 # Pixels augmented at once, 2500 images of 32 x 32: enough to hide the cost of a call, few enough to stay in the cache.
 CHUNK = 2500 * 32 * 32
-AUGMENTATIONS = ("none", "crop", "crop_flip")
 
 
 def generator(*key: object) -> torch.Generator:

@@ -42,7 +42,7 @@ def _digits_table() -> np.ndarray:
     for folder in (package.submodule_search_locations or ()) if package else ():
         path = Path(folder) / "datasets" / "data" / "digits.csv.gz"
         if path.is_file():
-            with gzip.open(path, "rt") as file:
+            with gzip.open(path, "rt", encoding="utf-8") as file:
                 return np.loadtxt(file, delimiter=",")
     from sklearn.datasets import load_digits
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from qbench.config.data import STREAM_AUGMENTATIONS
 from qbench.data.batching import Batches, Layout, Normalize, generator, order_of
 from qbench.data.cache import fingerprint
 from qbench.data.folders import find_images
@@ -19,7 +20,6 @@ from qbench.data.splits import Source, Split, Stream
 from qbench.data.torchvision_loader import torchvision
 from qbench.errors import UserError
 
-STREAM_AUGMENTATIONS = ("none", "resized_crop_flip")
 # How PyTorch words what a machine short of memory does to the processes of a DataLoader.
 LOST = ("killed by signal", "exited unexpectedly", "shared memory", "No space left", "Cannot allocate memory")
 

@@ -10,7 +10,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from qbench.errors import UserError
-from qbench.records import read_config, read_result
+from qbench.records import read_config, read_manifest, read_result
 
 COLUMNS = (
     "method",
@@ -91,11 +91,8 @@ def tell(folder: Path, result: Mapping[str, Any], line: Callable[[str], None]) -
 
 def _float_inputs(folder: Path) -> str:
     """How many layers of a run compute on float inputs, "19 of 53"; empty where its manifest does not say."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        return f"{len(manifest['float_inputs'])} of {manifest['layers']}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
+    manifest = read_manifest(folder)
+    return f"{len(manifest['float_inputs'])} of {manifest['layers']}" if "layers" in manifest else ""
 
 
 def _spread(values: list[float | None]) -> str:

@@ -77,7 +77,7 @@ def _say(line: str) -> None:
 
 
 def _say_slower(line: str) -> None:
-    _say(f"{line}; training is slower, and otherwise the same")
+    _say(f"{line}; training is slower, and otherwise the same up to rounding")
 
 
 def tier() -> str:

@@ -33,7 +33,7 @@ class Args(ctypes.Structure):
 def _openmp() -> ctypes.CDLL | None:
     """The OpenMP library that torch has loaded (a second one would fight with it for the cores), where it is GNU's."""
     try:
-        with open("/proc/self/maps") as maps:
+        with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
             paths = {line.split(maxsplit=5)[5].strip() for line in maps if "omp" in line and ".so" in line}
     except OSError:
         return None

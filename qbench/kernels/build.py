@@ -54,8 +54,18 @@ def compiler() -> list[str]:
 
 
 def _key(command: list[str]) -> str:
-    version = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=60).stdout
-    parts = [SOURCE.read_text(), version, *command, *FLAGS, repr(LEVELS), platform.system(), platform.machine()]
+    version = subprocess.run(
+        [*command, "--version"], capture_output=True, encoding="utf-8", errors="replace", timeout=60
+    ).stdout
+    parts = [
+        SOURCE.read_text(encoding="utf-8"),
+        version,
+        *command,
+        *FLAGS,
+        repr(LEVELS),
+        platform.system(),
+        platform.machine(),
+    ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
@@ -119,7 +129,7 @@ def _compile(command: list[str], place: Path, key: str) -> Path:
 
 def _run(words: Iterable[str]) -> None:
     words = list(words)
-    done = subprocess.run(words, capture_output=True, text=True, timeout=SECONDS)
+    done = subprocess.run(words, capture_output=True, encoding="utf-8", errors="replace", timeout=SECONDS)
     if done.returncode:
         said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[:200])
         raise CannotBuild(f"{words[0]} failed: {said}")

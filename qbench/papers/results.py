@@ -11,25 +11,19 @@ from statistics import mean
 from typing import Any
 
 from qbench.config.identity import digest, identity, needs_parent, parent_of
-from qbench.errors import UserError
 from qbench.papers.cards import Card, Row
 from qbench.records import (
     COUNTS,
     DATA,
-    NUMBER,
-    OPEN,
     RESULT,
-    Each,
-    check,
     leaving_out,
-    opened,
-    parsed,
     read_config,
+    read_json,
     read_metrics,
     read_result,
     sealed,
-    text_of,
 )
+from qbench.shapes import NUMBER, OPEN, Each
 
 RESULTS = "results.json"
 # What of a data set decides its images, beside the name and its augmentation; the last four: of the synthetic one.
@@ -140,15 +134,12 @@ def read(folder: Path) -> Kept:
     path = folder / RESULTS
     if not path.exists():
         return Kept()
-    try:
-        content = opened(parsed(text_of(path)))
-        check(content, SHAPE)
-        return Kept(content["runs"], content["failed"])
-    except ValueError as error:
-        raise UserError(
-            f"{path} is corrupt ({error}); restore it or move it away, and if two versions were merged by hand, "
-            "delete its line 'checksum'"
-        ) from error
+    content = read_json(
+        path,
+        SHAPE,
+        "restore it or move it away, and if two versions were merged by hand, delete its line 'checksum'",
+    )
+    return Kept(content["runs"], content["failed"])
 
 
 def progress(card: Card, run: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from qbench.config import allowed, catalog
+from qbench.config.kinds import TIME, seconds
 from qbench.config.source import code_hash
 from qbench.errors import UserError, unknown
 from qbench.files import atomic_write, locked
@@ -24,10 +25,11 @@ from qbench.papers.cards import Card, Row
 from qbench.papers.results import RESULTS, entry, finished, key_of, read
 from qbench.papers.setups import SetupOf, setup
 from qbench.records import leaving_out
+from qbench.training import interrupt
 
 Compose = Callable[[Sequence[str]], dict[str, Any]]
 PLACES = ("device", "threads", "dataset.root", "tensorboard", "checkpoint_seconds", "debug")
-OPTIONS = ("budget", "seeds", "only", "out", "results", "plan", "draw", *PLACES)
+OPTIONS = ("budget", "seeds", "only", "out", "results", "plan", "draw", "time_limit", "allow", *PLACES)
 # How a net is made small for budget=smoke.
 NARROW = {
     "resnet18": ("model.width=0.1",),
@@ -57,6 +59,8 @@ class Ask:
     plan: bool = False
     draw: bool = False
     places: tuple[str, ...] = ()
+    allow: tuple[str, ...] = ()  # packages that the words of a card may name
+    limit: float | None = None  # seconds
 
     @property
     def trial(self) -> bool:
@@ -84,10 +88,11 @@ def command(words: Sequence[str], compose: Compose) -> int:
         ids = dict.fromkeys(r.id for card in loaded for r in card.runs)
         raise UserError(f"only={ask.only} fits no row of {of}: {', '.join(ids)}")
     status = 0
-    for card, rows in found:
-        status = max(status, Study(card, ask, compose).do(rows))
-        if status == 130:
-            break
+    with interrupt.time_limit(ask.limit):
+        for card, rows in found:
+            status = max(status, Study(card, ask, compose).do(rows))
+            if status in (interrupt.STOPPED, interrupt.OUT_OF_TIME):
+                break
     if not ask.plan:
         pages.write_index(ask.results, composed(compose))
     return status
@@ -101,6 +106,7 @@ def _ask(words: Sequence[str]) -> Ask:
     budget = given.get("budget", "short")
     if budget not in catalog.names("budget"):
         raise unknown("budget", budget, catalog.names("budget"))
+    TIME.check("time_limit", given.get("time_limit"))
     out = given.get("out", "outputs")
     # numbers that mean nothing stay away from those that do
     results = Path(out, "papers") if budget == "smoke" else default_results()
@@ -111,6 +117,8 @@ def _ask(words: Sequence[str]) -> Ask:
         out=out,
         results=Path(given["results"]) if "results" in given else results,
         places=tuple(f"{k}={v}" for k, v in given.items() if k in PLACES),
+        allow=allowed.packages(given.get("allow", "")),
+        limit=seconds(given.get("time_limit")),
         **{k: _flag(k, given[k]) for k in ("plan", "draw") if k in given},
     )
 
@@ -190,7 +198,7 @@ class Study:
         if (row.id, budget) not in self.configs:
             try:
                 words = [*run_words(row, budget), f"out={self.ask.out}", *self.ask.places]
-                allowed.check_words(run_words(row, budget), "a card's words")
+                allowed.check_words(run_words(row, budget), "a card's words", self.ask.allow)
                 self.configs[row.id, budget] = self.compose(words)
             except UserError as error:
                 raise UserError(f"{self.card.name}, row '{row.id}': {error}") from error
@@ -239,10 +247,13 @@ class Study:
                 continue
             print(f"\n{title}: {' '.join(run_words(row, self.ask.budget))}", flush=True)
             try:
+                if interrupt.out_of_time():
+                    raise KeyboardInterrupt
                 error = self.one(row, seed)
             except KeyboardInterrupt:
-                print(f"qbench: stopped; what is done is kept, see {self.folder}", file=sys.stderr)
-                return 130
+                why = "out of time" if interrupt.out_of_time() else "stopped"
+                print(f"qbench: {why}; what is done is kept, see {self.folder}", file=sys.stderr)
+                return interrupt.status()
             failed += error is not None
             self.kept.note(row.id, seed, self.ask.budget, error)
             self.save()
@@ -251,11 +262,10 @@ class Study:
     def one(self, row: Row, seed: int) -> str | None:
         """Execute one run, or resume it; returns the error, if any, without folders."""
         from qbench.training.execute import execute
-        from qbench.training.interrupt import Interrupted
 
         try:
             self.add(row, self.ask.budget, execute(self.config(row, self.ask.budget, seed)))
-        except Interrupted as error:
+        except interrupt.Interrupted as error:
             raise KeyboardInterrupt from error
         except Exception as error:
             if "debug=true" in self.ask.places:

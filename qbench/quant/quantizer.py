@@ -235,6 +235,8 @@ class Quantizer(nn.Module, ABC):
         return {"enabled": self.enabled}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
+        if type(state["enabled"]) is not bool:
+            raise ValueError(f"enabled must be true or false, got {state['enabled']!r}")
         self.enabled = state["enabled"]
 
     def describe(self) -> dict[str, Any]:

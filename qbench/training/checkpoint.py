@@ -17,9 +17,27 @@ from torch import nn
 from qbench.errors import UserError
 from qbench.files import atomic_write
 from qbench.records import RESULT, read_result
+from qbench.shapes import NUMBER, OPEN, Each, check
 from qbench.training import weights
 
 MARK = b"sha256:"  # in the comment of the zip archive that torch.save makes: any torch reads the file as ever
+# Of an unfinished run.
+SHAPE: dict[str, Any] = {
+    "step": int,
+    "stage": [int],
+    **dict.fromkeys(("model", "hooks"), dict),
+    "optimizer": [{"state": dict, "param_groups": [dict]}],
+    "randoms": [{"global": dict, "own": torch.Tensor}],
+    **dict.fromkeys(("kernels?", "records_sha256?"), (str, type(None))),
+    "telemetry?": Each(torch.Tensor),
+    "outcome": {
+        **dict.fromkeys(("accuracy_last", "accuracy_best", "epoch_best"), OPEN),
+        **dict.fromkeys(("val_best?", "accuracy_at_best_val?"), OPEN),
+        "seconds": NUMBER,
+        "extra?": Each(OPEN),
+    },
+    "running": list,
+}
 # Numbers and options that trainings keep beside the weights; to build them runs no code of the file's.
 HARMLESS: list[Any] = [
     argparse.Namespace,
@@ -122,8 +140,9 @@ def belonging(path: Path, content: Any, total: int) -> Iterator[dict[str, Any]]:
     Errors: UserError where it lacks something, does not fit, or is of a step that the run has not.
     """
     try:
+        check(content, SHAPE)
         step = content["step"]
-        if type(step) is not int or not 0 <= step <= total:
+        if not 0 <= step <= total:
             raise ValueError(f"it is of step {step}, the run has {total}")
         yield content
     except (KeyError, RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:

@@ -30,7 +30,11 @@ def pick(device: str) -> torch.device:
 def cpu() -> str:
     """The processor's name, as the system tells it."""
     info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.+)", info.read_text()) if info.is_file() else None
+    found = (
+        re.search(r"model name\s*: (.+)", info.read_text(encoding="utf-8", errors="replace"))
+        if info.is_file()
+        else None
+    )
     return found[1] if found else platform.processor() or platform.machine()
 
 

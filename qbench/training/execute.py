@@ -204,7 +204,10 @@ def _train(run: Run, kept: Any, screen: Screen, opened: ExitStack) -> dict[str, 
 
 
 def _recorder(run: Run, kept: Any, opened: ExitStack) -> Recorder:
-    options = {f"resume_{k}": kept.get(k) for k in ("step", "records")} if isinstance(kept, dict) else {}
+    options: dict[str, Any] = {}
+    if isinstance(kept, dict):
+        options = {f"resume_{k}": kept.get(k) for k in ("step", "records")}
+        options["resume_sha256"] = kept.get("records_sha256")
     return opened.enter_context(closing(Recorder(run.folder, tensorboard=run.config["tensorboard"], **options)))
 
 

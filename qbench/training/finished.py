@@ -52,7 +52,7 @@ def _trained(model: nn.Module, folder: Path) -> nn.Module:
     state = checkpoint.load_net(folder / "model.pt")
     try:
         model.load_state_dict(state)
-    except (RuntimeError, TypeError, AttributeError) as error:
+    except (RuntimeError, TypeError, AttributeError, KeyError, ValueError) as error:
         raise UserError(f"{folder / 'model.pt'} does not fit its config.yaml: {error}") from error
     return model.eval()
 
@@ -70,8 +70,9 @@ def evaluate(
         if key not in config["dataset"]:
             raise unknown(f"option of dataset={config['dataset']['name']}", key, config["dataset"])
         config["dataset"][key] = value
-    path = folder / RESULT
-    result = read_result(path) if path.is_file() else {}
+    if not (folder / RESULT).exists():
+        raise UserError(f"{folder} is not a finished run: it has no {RESULT}")
+    result = read_result(folder / RESULT)
     net = assemble(config, load(config["dataset"]))
     _trained(net.model, folder)
     with kernels.using(result.get("kernels", "torch")):  # other kernels round otherwise: an image may tip over

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qbench.config.kinds import is_number
 from qbench.config.recipe import Recipe, imported, optimizer_class, optimizer_fields
 from qbench.quant.layers import QuantLayer
 from qbench.quant.method import Hook, Method
@@ -184,12 +185,27 @@ def set_lr(group: dict[str, Any], lr: float) -> None:
 def load_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
     """Load a state_dict of this optimizer, of whichever device; how it computes stays as it is.
 
-    Errors: ValueError where the groups differ.
+    Errors: ValueError where the groups differ, or a value is of another kind than it can be.
     """
     own = [{k: g[k] for k in ("lr", "fused", "foreach", "capturable") if k in g} for g in optimizer.param_groups]
     groups = [group | ours for group, ours in zip(saved["param_groups"], own, strict=True)]
+    for group, ours in zip(groups, optimizer.param_groups, strict=True):
+        if strange := [k for k, v in ours.items() if k != "params" and not _alike(group.get(k), v)]:
+            raise ValueError(f"{strange[0]} of a group of parameters is {group.get(strange[0])!r:.40}")
     optimizer.load_state_dict({**saved, "param_groups": groups})
+    for p, state in optimizer.state.items():
+        for k, v in state.items():
+            fits = torch.broadcast_shapes(v.shape, p.shape) == p.shape if isinstance(v, Tensor) else is_number(v)
+            if not fits:
+                raise ValueError(f"{k} of a parameter of shape {list(p.shape)} does not fit")
     _start_momentum(optimizer)
+
+
+def _alike(saved: Any, own: Any) -> bool:
+    """Whether a field of a group may have been this one's: numbers and tensors may stand for each other."""
+    numbers = [isinstance(v, Tensor) or is_number(v) for v in (saved, own)]
+    lists = [isinstance(v, list | tuple) for v in (saved, own)]
+    return all(numbers) or all(lists) or type(saved) is type(own)
 
 
 def criterion(recipe: Recipe, logits: Tensor, labels: Tensor) -> Tensor:

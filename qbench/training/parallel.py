@@ -15,12 +15,15 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from qbench.errors import UserError
+from qbench.files import atomic_write
+from qbench.records import read_json
 from qbench.screen import Screen
 from qbench.training import device
 from qbench.training.interrupt import SIGNALS, Interrupted, handling
 from qbench.training.run import Run, prepare
 
 LOST = "lost another worker"
+NOTE = {"result?": dict, "kind?": str, "error?": str}  # what a worker leaves: one of the first and the others
 Perform = Callable[[Run, Screen], dict[str, Any]]  # of a module, as the processes import it
 
 
@@ -58,7 +61,7 @@ def in_workers(config: dict[str, Any], workers: int, perform: Perform) -> dict[s
                     pass
         except mp.ProcessExitedException as error:  # type: ignore[attr-defined]
             ended = str(error)
-        notes = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))]
+        notes = [read_json(path, NOTE) for path in sorted(Path(folder).glob("*.json"))]
     note = next((n for n in notes if "result" not in n and n["kind"] != LOST), None)
     ended = ended or next((n["error"] for n in notes if n.get("kind") == LOST), "")
     if note is None and not ended:
@@ -86,7 +89,7 @@ def _work(rank: int, workers: int, config: dict[str, Any], folder: str, perform:
         lost = isinstance(error, dist.DistError) or "gloo" in str(error)
         told = traceback.format_exc() if config["debug"] else repr(error)
         note = {"kind": LOST if lost else "Exception", "error": told}
-    (Path(folder) / f"{rank}.json").write_text(json.dumps(note))
+    atomic_write(Path(folder) / f"{rank}.json", json.dumps(note))
     if "result" not in note:  # the others may wait for this worker in vain: end them all
         os._exit(0 if rank == 0 else 1)
     dist.destroy_process_group()

@@ -1,10 +1,12 @@
 """What a run leaves behind: metrics.jsonl (the source of truth), its mirror in TensorBoard, and result.json."""
 
+import hashlib
 import json
 import math
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -26,7 +28,8 @@ class Recorder:
 
     Without `resume_step` the run starts anew and what an earlier one recorded is dropped; with it, records up to and
     including that step, and of these the first `resume_records`, stay and later ones are dropped, in TensorBoard too,
-    so that everything stands there once. `count` is the number of records so far.
+    so that everything stands there once. `count` is the number of records so far, `sha256` the hash of their lines;
+    where the checkpoint holds that (`resume_sha256`), what stays must have it.
 
     Numbers are rounded to six significant digits; NaN and infinity become null.
 
@@ -39,6 +42,7 @@ class Recorder:
         *,
         resume_step: int | None = None,
         resume_records: int | None = None,
+        resume_sha256: str | None = None,
         tensorboard: bool = True,
     ) -> None:
         self.folder = Path(folder)
@@ -48,10 +52,22 @@ class Recorder:
         kept = [] if resume_step is None else [r for r in read_metrics(self.folder) if r["step"] <= last]
         kept = kept[:resume_records]
         self.count = len(kept)
-        path = atomic_write(self.folder / METRICS, "".join(map(_line, kept)))
-        self._file: IO[str] = path.open("a")
+        text = "".join(map(_line, kept))
+        self._sha256 = hashlib.sha256(text.encode())
+        if resume_sha256 not in (None, self.sha256):
+            raise UserError(
+                f"{self.folder / METRICS} is corrupt: it is not what the run had written when its checkpoint was "
+                "saved; move the folder away to run again"
+            )
+        path = atomic_write(self.folder / METRICS, text)
+        self._file: IO[str] = path.open("a", encoding="utf-8")
         self._purge_step = last + 1
         self._writer: SummaryWriter | None = None
+
+    @property
+    def sha256(self) -> str:
+        """64 hex digits over the lines of all records so far."""
+        return self._sha256.hexdigest()
 
     def scalars(self, step: int, epoch: float, phase: str = "train", **values: float | Tensor | None) -> None:
         """Records {"step", "epoch", "phase", name: value, ...}; in TensorBoard each is `name/phase`."""
@@ -109,8 +125,10 @@ class Recorder:
         return atomic_write(self.folder / RESULT, text + "\n")
 
     def flush(self) -> None:
-        """Hands everything to the system; call it before a checkpoint, which must not run ahead of TensorBoard."""
-        self._file.flush()
+        """Puts everything on the disk; call it before a checkpoint, which must not run ahead of the records."""
+        with self._naming():
+            self._file.flush()
+            os.fsync(self._file.fileno())
         if self._writer is not None:
             self._writer.flush()
 
@@ -123,16 +141,23 @@ class Recorder:
 
     def _append(self, record: dict[str, Any]) -> dict[str, Any]:
         record = _plain(record)
-        try:
-            self._file.write(_line(record))
+        line = _line(record)
+        with self._naming():
+            self._file.write(line)
             self._file.flush()
             gone = os.fstat(self._file.fileno()).st_nlink == 0
-        except OSError as error:
-            raise UserError(f"cannot write {self.folder / METRICS}: {error.strerror}.") from error
         if gone:
             raise UserError(f"{self.folder / METRICS} was removed while the run was at work")
         self.count += 1
+        self._sha256.update(line.encode())
         return record
+
+    @contextmanager
+    def _naming(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"cannot write {self.folder / METRICS}: {error.strerror}.") from error
 
     def _mirror(self, values: Iterable[tuple[str, float | None]], step: int) -> None:
         if self.tensorboard:

@@ -166,6 +166,7 @@ class Trainer(Step):
                     "step": self.state.step,
                     "stage": [self.state.stage.index, self.state.stage.step],
                     "records": None if self.recorder is None else self.recorder.count,
+                    "records_sha256": None if self.recorder is None else self.recorder.sha256,
                     "model": self.model.state_dict(),
                     "hooks": self.hooks.state_dict(),
                     "optimizer": self.optimizer.state_dict(),
@@ -199,6 +200,8 @@ class Trainer(Step):
             self.telemetry.load_state_dict(content.get("telemetry", {}))
             self.makers = list(content.get("makers", []))
             losses, correct, self.seen = content["running"]
+            if type(losses) not in (list, torch.Tensor) or correct.shape != () or type(self.seen) is not int:
+                raise ValueError("'running' must be losses, how many images were right, and how many were seen")
             self.losses = list(losses.to(self.device).unbind()) if len(losses) else []
             self.correct.copy_(correct)
         return True

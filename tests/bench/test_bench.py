@@ -66,7 +66,7 @@ def test_quick_benchmark_writes_a_list_of_entries(cli: Cli, tmp_path: Path) -> N
     ("words", "message"),
     [
         (("only=step/pct",), "nothing is called step/pct"),
-        (("rounds=0",), "rounds must be a whole number above 0, got '0'"),
+        (("rounds=0",), "rounds must be a whole number in 1..1000, got 0"),
         (("quick=yes",), "quick must be true or false, got 'yes'"),
         (("model=resnet21",), "resnet20"),
         (("kernels=gpu",), "compile, cpp, torch"),

@@ -114,7 +114,7 @@ WORDS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("dataset.val=2.0",), ("dataset.val", "a fraction", "got 2.0")),
     (("dataset=digits", "dataset.classes=3"), ("dataset.classes=3", "10 classes")),
     (("dataset.train_size=0",), ("dataset.train_size", "positive", "got 0")),
-    (("model.width=0",), ("model=tiny", "width", "positive", "0")),
+    (("model.width=0",), ("model.width", "above 0", "got 0")),
     (("options.alpha=-1",), ("method=pact", "alpha", "above 0", "-1")),
     (("method=flexor", "options.s_doublings=0.5"), ("doublings", "a list of shares", "[0.75]", "got 0.5")),
     (("method=xnor", "options.k=no"), ("options.k", "true or false", "got 'no'")),
@@ -156,7 +156,7 @@ def test_a_folder_of_own_configuration_switches_no_check_off(tiny: Cli, tmp_path
     refused(tiny(*words, "seed=-1"), "seed", "at least 0")
     refused(tiny("--config-dir=nowhere", "seed=0"), "--config-dir", "no folder nowhere")
     (tmp_path / "mine" / "model" / "deep.yaml").write_text("name: " + "[" * 200_000)
-    refused(tiny("--config-dir=mine", "model=deep"), "brackets within brackets")
+    refused(tiny("--config-dir=mine", "model=deep"), "deep.yaml is corrupt", "deep in each other")
 
 
 @pytest.mark.parametrize(

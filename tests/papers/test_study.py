@@ -1,6 +1,7 @@
 """Cards compose; a study reuses what is done, notes failures and loses nothing; pages come from the JSON alone."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -27,6 +28,7 @@ from qbench.papers.cells import noise, title, verdict
 from qbench.papers.results import RESULTS, Kept, key_of, progress, read, split_of
 from qbench.papers.setups import setup
 from qbench.records import opened, sealed
+from qbench.training import interrupt
 
 ROOT = Path(__file__).resolve().parents[2]
 CARDS = cards.names()
@@ -354,6 +356,45 @@ def test_what_fails_is_noted_and_the_rest_is_drawn(go: Callable[..., Any], tmp_p
     assert "one per stage" in page
     states = {c.row.id: c.status for c in cells_of(card, kept, "smoke")}
     assert states == {"bad": "failed", "float": "trial", "pact": "not run", "dorefa": "not run"}
+
+
+def test_a_time_limit_is_that_of_all_cards_and_the_command_goes_on(
+    cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = toy(tmp_path)
+    monkeypatch.setattr(cards, "load", lambda name: card)
+    words = ("paper", "toy", "budget=smoke", "out=o", "results=r", "tensorboard=false", "device=cpu")
+    said = cli(*words, "time_limit=0.1s")
+    assert said.status == 124, said.err
+    assert "qbench: out of time; what is done is kept, see r/toy" in said.err
+    assert "QBENCH_DEADLINE" not in os.environ
+    late = iter([False])  # over while the first run is at work
+    with monkeypatch.context() as patched:
+        patched.setattr(interrupt, "out_of_time", lambda: next(late, True))
+        assert cli(*words).status == 124
+    assert len(list(tmp_path.glob("o/*/checkpoint.pt"))) == 1
+    said = cli(*words)
+    assert said.status == 0, said.err
+    assert "resumed at step 1" in said.out
+    said = cli(*words, "time_limit=8x")
+    assert (said.status, "time_limit must be a time such as 90s" in said.err) == (2, True)
+
+
+def test_a_card_may_name_a_package_that_is_allowed(
+    cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "theirs.py").write_text("from torch.optim import SGD\nclass Own(SGD):\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    rows = [{"id": "a", "run": "method=float parent.optimizer=theirs.Own", "published": 92.0}]
+    card = toy(tmp_path, rows=rows, claims=None)
+    monkeypatch.setattr(cards, "load", lambda name: card)
+    words = ("paper", "toy", "budget=smoke", "out=o", "plan=true")
+    said = cli(*words)
+    assert (said.status, "allow=theirs behind qbench eval or qbench paper" in said.err) == (2, True)
+    said = cli(*words, "allow=theirs")
+    assert said.status == 0, said.err
+    said = cli(*words, "allow=other,a-b")
+    assert (said.status, "allow must be the name of a package" in said.err) == (2, True)
 
 
 def test_stopped_by_the_user(go: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

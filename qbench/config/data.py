@@ -1,4 +1,4 @@
-"""Every option of a data set, and what it may be. `load` checks all that it was given, before it reads a file."""
+"""Every option of a data set, and what it may be: checked before anything is computed, and where data are read."""
 
 import math
 import os
@@ -6,9 +6,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from qbench.config.kinds import Kind, is_number
 from qbench.errors import UserError, unknown
 
 Option = tuple[Callable[[Any], bool], str]
+PREPROCESSINGS = ("standard", "gcn_zca")
+AUGMENTATIONS = ("none", "crop", "crop_flip")  # of images in memory
+STREAM_AUGMENTATIONS = ("none", "resized_crop_flip")
 
 
 def _whole(low: int, high: float = math.inf) -> Callable[[Any], bool]:
@@ -16,7 +20,7 @@ def _whole(low: int, high: float = math.inf) -> Callable[[Any], bool]:
 
 
 def _real(allowed: Callable[[float], bool]) -> Callable[[Any], bool]:
-    return lambda value: type(value) in (int, float) and math.isfinite(value) and allowed(value)
+    return lambda value: type(value) in (int, float) and is_number(value) and allowed(value)
 
 
 def _each(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -34,6 +38,10 @@ def _path(value: Any) -> bool:
         return False
 
 
+def _one_of(names: tuple[str, ...]) -> Option:
+    return _or_null(lambda value: value in names), f"one of {', '.join(names)}, or null"
+
+
 _COUNT: Option = (_whole(1, 10**9), "a positive whole number")
 _COUNT_OR_NULL: Option = (_or_null(_COUNT[0]), "null or a positive whole number")
 _SEED: Option = (_whole(0), "a whole number from 0")
@@ -45,8 +53,8 @@ OPTIONS: dict[str, Option] = {
     "size": (_or_null(_whole(1, 4096)), "a positive whole number (at most 4096) or null"),
     "mean": (_or_null(_each(_real(lambda v: 0 <= v <= 1))), "null or a list of numbers from 0 to 1 (pixel / 255)"),
     "std": (_or_null(_each(_real(lambda v: 0 < v <= 1))), "null or a list of numbers above 0, at most 1 (pixel / 255)"),
-    "preprocess": (_or_null(lambda value: isinstance(value, str)), "a name or null"),
-    "augment": (_or_null(lambda value: isinstance(value, str)), "a name or null"),
+    "preprocess": _one_of(PREPROCESSINGS),
+    "augment": _one_of(tuple(dict.fromkeys((*AUGMENTATIONS, *STREAM_AUGMENTATIONS)))),
     "val": (
         lambda value: _whole(0)(value) or _real(lambda v: 0 < v < 1)(value),
         "0, a fraction in (0, 1) or a whole number of images",
@@ -83,3 +91,6 @@ def check(name: str, config: Mapping[str, Any]) -> None:
         fits, words = options[key]
         if not fits(value):
             raise UserError(f"dataset.{key} must be {words}, got {value!r}")
+
+
+KINDS = {f"dataset.{k}": Kind(words, fits) for part in (OPTIONS, *OWN.values()) for k, (fits, words) in part.items()}
