@@ -50,7 +50,7 @@ def _target(method: str) -> str:
 
 
 def read(group: str, name: str) -> dict[str, Any]:
-    """What conf/GROUP/NAME.yaml holds."""
+    """What the file of one of a group holds."""
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     return dict(yaml.load((conf_folder() / group / f"{name}.yaml").read_text(encoding="utf-8"), loader))
 
