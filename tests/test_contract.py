@@ -392,9 +392,14 @@ def test_a_packed_file_gives_the_net_and_is_as_large_as_the_manifest_says(case: 
     roles = {name: entry["role"] for name, entry in file.meta["parts"].items()}
     held = sum(array.nbytes for name, array in file.file.arrays.items() if roles[name] != "state")
     assert held == surgery.manifest(case.model, case.kept)["size"]["bytes"] == file.meta["sizes"]["bytes"]
+    assert surgery.size(model) == surgery.size(case.model)
+    for name, layer in weight_layers(case.model).items():
+        codes, q = layer.weight_quantizer.codes(layer.source().detach()), model.get_submodule(name).weight_quantizer
+        assert q.codes(layer.weight).equal(codes), name
+        assert q.restored(q.stored(layer.weight)).equal(codes), name
     again = container.opened(packed.file_of(model, case.config, {}), "again")
-    weights = [name for name, role in roles.items() if role in ("weight", "shared")]
-    assert all(again.arrays[name].tobytes() == file.file.arrays[name].tobytes() for name in weights)
+    packed_parts = [name for name, role in roles.items() if role in ("weight", "shared")]
+    assert all(again.arrays[name].tobytes() == file.file.arrays[name].tobytes() for name in packed_parts)
 
 
 def test_state_dict_carries_everything(case: Case, tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def _compare(args: list[str]) -> int:
 
 def _evaluate(args: list[str]) -> int:
     if not args:
-        raise UserError("qbench eval takes a run folder, a packed file or a checkpoint, and for the latter options")
+        raise UserError("qbench eval takes a packed file, a run folder or a checkpoint, for which options say the rest")
     path, overrides = Path(args[0]), args[1:]
     folder = path if path.is_dir() else path.parent
     if not path.exists():

@@ -100,7 +100,7 @@ def test_what_cannot_be_exported_or_shown_says_why(cli: Callable[..., Said], tmp
 
 
 def test_no_place_of_who_trained_it_goes_along(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, config = net("method=ptq", "bits=4", "dataset.root=/home/somebody/secret", "out=/home/somebody/out")
+    model, config = net("method=ptq", "bits=4", "dataset.root=somebody/secret", "out=somebody/out")
     assert b"somebody" not in packed.file_of(model, config, {})
 
 
