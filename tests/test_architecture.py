@@ -50,10 +50,11 @@ ROOMS: dict[str, set[str]] = {
     "data": {"config"},
     "kernels": {"quant", "models", "config", "data"},
     "figures": {"training"},
-    "training": {"config", "quant", "kernels", "data", "figures", "screen"},
+    "lowbit": {"quant"},
+    "training": {"config", "quant", "lowbit", "kernels", "data", "figures", "screen"},
     "papers": {"config", "figures", "training"},
     "bench": {"config", "quant", "kernels", "models", "data", "training", "figures", "cli", "screen"},
-    "cli": {"config", "figures", "training", "papers", "bench", "screen"},
+    "cli": {"config", "figures", "training", "papers", "bench", "screen", "lowbit"},
 }
 
 
@@ -104,6 +105,7 @@ def test_only_what_answers_without_torch_imports_late() -> None:
         "qbench",
         "qbench.cli.command",
         "qbench.cli.overrides",
+        "qbench.cli.packed",
         "qbench.cli.sensitivity",
         "qbench.cli.sweep",
         "qbench.papers.study",

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from qbench.config import bits, catalog
 from qbench.config.identity import parent_of
 from qbench.data import DataSet, load
+from qbench.lowbit import container
+from qbench.lowbit.artifact import Artifact
 from qbench.models.resnet import ResNetCIFAR
 from qbench.quant import surgery
 from qbench.quant.grid import Affine, Grid
@@ -27,7 +29,7 @@ from qbench.quant.layers import QuantLayer, quant_layers, quantized_weights
 from qbench.quant.method import Method
 from qbench.quant.quantizer import Quantizer, evaluating
 from qbench.records import read_metrics
-from qbench.training import checkpoint, optim, trainer
+from qbench.training import checkpoint, optim, packed, trainer
 from qbench.training.build import assemble, make_batches, make_model
 from qbench.training.recorder import Recorder
 from qbench.training.telemetry import record_activations
@@ -377,6 +379,27 @@ def test_what_is_stored_gives_the_codes_back_and_its_length_is_the_size(case: Ca
     shared = sum(part.bits for name, part in parts.items() if not isinstance(name, str))
     if numel:
         assert manifest["size"]["bits_per_weight"] == pytest.approx((bits + shared) / numel)
+
+
+def test_a_packed_file_gives_the_net_and_is_as_large_as_the_manifest_says(case: Case) -> None:
+    """Decoded from the codes alone: the same weights and logits, bit for bit; the bytes are those of its parts."""
+    wanted, values = eval_logits(case.model, case.x), {n: m.quantized_weight() for n, m in quant_layers(case.model)}
+    data = packed.file_of(case.model, case.config, {})
+    file = Artifact(container.opened(data, "file"))
+    model = packed.net_of(file)
+    assert eval_logits(model, case.x).equal(wanted)
+    assert {n: m.quantized_weight().equal(values[n]) for n, m in quant_layers(model)} == dict.fromkeys(values, True)
+    roles = {name: entry["role"] for name, entry in file.meta["parts"].items()}
+    held = sum(array.nbytes for name, array in file.file.arrays.items() if roles[name] != "state")
+    assert held == surgery.manifest(case.model, case.kept)["size"]["bytes"] == file.meta["sizes"]["bytes"]
+    assert surgery.size(model) == surgery.size(case.model)
+    for name, layer in weight_layers(case.model).items():
+        codes, q = layer.weight_quantizer.codes(layer.source().detach()), model.get_submodule(name).weight_quantizer
+        assert q.codes(layer.weight).equal(codes), name
+        assert q.restored(q.stored(layer.weight)).equal(codes), name
+    again = container.opened(packed.file_of(model, case.config, {}), "again")
+    packed_parts = [name for name, role in roles.items() if role in ("weight", "shared")]
+    assert all(again.arrays[name].tobytes() == file.file.arrays[name].tobytes() for name in packed_parts)
 
 
 def test_state_dict_carries_everything(case: Case, tmp_path: Path) -> None:

@@ -95,6 +95,10 @@ def _dispatch(args: list[str]) -> int:
         return _table(args[1:]) if args[0] == "table" else _compare(args[1:])
     if args[0] == "eval":
         return _evaluate(args[1:])
+    if args[0] in ("export", "inspect"):
+        from qbench.cli import packed
+
+        return packed.export(args[1:]) if args[0] == "export" else packed.inspect(args[1:])
     if args[0] == "paper":
         from qbench.papers import study
 
@@ -137,12 +141,15 @@ def _compare(args: list[str]) -> int:
 
 def _evaluate(args: list[str]) -> int:
     if not args:
-        raise UserError("qbench eval takes a run folder or a checkpoint, and options for a plain checkpoint")
+        raise UserError("qbench eval takes a packed file, a run folder or a checkpoint, for which options say the rest")
     path, overrides = Path(args[0]), args[1:]
     folder = path if path.is_dir() else path.parent
     if not path.exists():
         raise UserError(f"no such run or checkpoint: {path}")
-    if (folder / "config.yaml").is_file() and (path.is_dir() or path.name == "model.pt"):
+    from qbench.lowbit.container import is_packed
+
+    packed = path.is_file() and is_packed(path)
+    if packed or ((folder / "config.yaml").is_file() and (path.is_dir() or path.name == "model.pt")):
         given = {o.key_or_group: o.value() for o in parse(overrides)}
         place, packages = given.pop("device", None), given.pop("allow", "")
         strange = [key for key in given if not key.startswith("dataset.")]
@@ -157,9 +164,10 @@ def _evaluate(args: list[str]) -> int:
         from qbench.training.finished import evaluate
 
         dataset = {k.removeprefix("dataset."): v for k, v in given.items()}
-        result, loss, accuracy = evaluate(folder, dataset, None if place is None else str(place), allow)
+        read = path if packed else folder
+        result, loss, accuracy = evaluate(read, dataset, None if place is None else str(place), allow)
         recorded = percent(result.get("accuracy_last"))
-        print(f"{folder}: accuracy {accuracy:.2f} %, loss {loss:.4f} (recorded: {recorded} %)")
+        print(f"{read}: accuracy {accuracy:.2f} %, loss {loss:.4f} (recorded: {recorded} %)")
         return 0
     if path.is_dir():
         raise UserError(f"{path} is not a finished run: it has no config.yaml")

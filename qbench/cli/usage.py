@@ -7,13 +7,15 @@ qbench: run quantization papers, and set the published numbers beside your own.
   qbench -m method=pact,lsq bits=2,3,4 seed=0,1   a sweep: every combination, one table at the end
   qbench list                                     methods, models, data sets, budgets
   qbench table [DIR] [format=csv]                 the table of the results below DIR (outputs)
-  qbench eval RUN|CHECKPOINT [option=value ...]   evaluate again
+  qbench eval RUN|FILE|CHECKPOINT [option=value]  evaluate again
+  qbench export RUN [out=FILE]                    one file of packed codes, tables and floats, without the run's folder
+  qbench inspect FILE                             what is in a packed file: layers, bits, bytes; its checksums compared
   qbench sensitivity RUN [bits=2,4] [size=3]      each layer alone at low bits; bits for each layer within a budget
   qbench compare RUN RUN                          what differs in configuration and outcome
   qbench paper list                               tables and figures of papers that can be redrawn
   qbench paper CARD|all [budget=short] [seeds=3]  run one or all, beside what was published
   qbench bench [check|page] [only=step/pact]      how fast it is here, as ratios
-  qbench COMMAND --help                           more about list, table, eval, sensitivity, compare, paper, bench
+  qbench COMMAND --help                           more about list, table, eval, export, sensitivity, paper, bench ...
   qbench method=flexor --help                     a method's bits and options
 
 Options, as name=value (conf/config.yaml holds all of them):
@@ -55,6 +57,7 @@ qbench table [DIR] [format=text]        one row for each setting of the results 
 """,
     "eval": """\
 qbench eval RUN [dataset.NAME=value ...]        the net of a finished run, on its test set
+qbench eval FILE [dataset.NAME=value ...]       the same of a packed file (qbench export), its weights from the codes
 qbench eval CHECKPOINT [option=value ...]       a plain float state_dict; the options say which net and data
 
   dataset.root=DIR      where the data lie; of a run's options only those of the data set and the device may be set
@@ -62,6 +65,21 @@ qbench eval CHECKPOINT [option=value ...]       a plain float state_dict; the op
   allow=PACKAGE         a run's folder builds classes of qbench, torch.nn, torch.optim and torchvision.models, else
                         nothing: whoever wrote it could run any code here. PACKAGE (or [A,B]) may be used too
   model=  dataset=      of a plain checkpoint (resnet20, digits)
+""",
+    "export": """\
+qbench export RUN [out=FILE]    the trained net of a finished run as one packed file (RUN/packed.safetensors)
+
+  format=packed         the only one so far: a safetensors container, described in docs/format.md
+  allow=PACKAGE         as in eval
+
+It holds the codes of each quantized weight in their bits, scales and tables, biases, batch-norm, layers in float, and
+what builds the net again; no pickle. qbench.load(FILE) gives the net, bit for bit; qbench eval FILE evaluates it. A net
+whose codes do not give its weights back, bit for bit, is refused.
+""",
+    "inspect": """\
+qbench inspect FILE     what is in a packed file: each layer with its bits, bytes, multiplications and bit operations,
+                        then sizes. All checksums are compared; what is cut off, altered or of a later version of the
+                        format is refused, with the part that it is
 """,
     "sensitivity": """\
 qbench sensitivity RUN [bits=2,4,8] [size=4]    what each layer alone loses at so many bits, all else in float

@@ -87,7 +87,7 @@ class BinaryBases(Quantizer):
             bases = ops.sign_value(shifted)
             alpha = self.coefficients(x.detach(), bases)
         slope = (alpha * self.slope(shifted)).sum(0)
-        return ops.straight_through(x * slope, (alpha * bases).sum(0))
+        return ops.straight_through(x * slope, reduce(torch.add, alpha * bases))  # in the grid's order
 
     @torch.no_grad()
     def grid(self, x: Tensor | None = None) -> Planes:

@@ -96,6 +96,9 @@ class BinaryConnect(Quantizer):
         """With evaluate=real the net that is evaluated is one of 32 bits."""
         return super().stored(x) if self.evaluate == "binary" else {"weights": Part(x.detach().float())}
 
+    def coding(self) -> dict[str, str]:
+        return super().coding() if self.evaluate == "binary" else {"kind": "floats"}
+
     def restored(self, parts: dict[str, Part]) -> Tensor:
         return self.codes(parts["weights"].numbers) if "weights" in parts else super().restored(parts)
 

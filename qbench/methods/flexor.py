@@ -230,6 +230,9 @@ class FleXOR(Quantizer):
     def restored(self, parts: dict[str, Part]) -> Tensor:
         return self.codes(parts["encrypted"].numbers.to(self.alpha.device) - 0.5)
 
+    def coding(self) -> dict[str, str]:
+        return {"kind": "xor", "bits": "encrypted", "order": "slices"}
+
     def shared(self) -> dict[Hashable, Part]:
         """The wiring M [q, n_out, n_in]."""
         return {self.spec: Part(self.matrix.to(torch.int32), 1)}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from qbench.methods.shared import xor_spec
 from qbench.methods.shared.xor_spec import XorSpec
+from qbench.quant.coding import mask_of, mask_parts
 from qbench.quant.grid import Planes, planes
 from qbench.quant.layers import QuantLayer
 from qbench.quant.packing import Part
@@ -83,41 +84,6 @@ def encrypt(bits: Tensor, care: Tensor, spec: XorSpec) -> Encrypted:
 def decrypt(encrypted: Encrypted, spec: XorSpec) -> Tensor:
     """M x over GF(2), patches flipped: bool [slices, n_out]; where nobody cares the bits are whatever comes out."""
     return ((encrypted.seeds.float() @ matrix_of(spec).float().T) % 2).bool() ^ encrypted.patches
-
-
-def mask_parts(kept: Tensor) -> dict[str, Part]:
-    """Which weights are kept: the shorter of one bit each and Rice-coded gaps, whose parameter k takes 5 bits.
-
-    A gap g, the number of pruned weights before a kept one, takes g >> k zeros, a one and the k lowest bits of g, the
-    lowest first.
-    """
-    places = torch.cat([torch.tensor([-1]), kept.flatten().nonzero().flatten().cpu()])
-    gaps = places.diff() - 1
-    rice = [int((gaps >> k).sum()) + len(gaps) * (1 + k) for k in range(32)]
-    k = rice.index(min(rice))
-    if rice[k] + 5 >= kept.numel():
-        return {"mask": Part(kept.flatten().to(torch.int32), 1)}
-    bits = torch.zeros(rice[k], dtype=torch.int32)
-    ones = ((gaps >> k) + 1 + k).cumsum(0) - 1 - k
-    bits[ones] = 1
-    for i in range(k):
-        bits[ones + 1 + i] = (gaps >> i & 1).int()
-    return {"gaps": Part(bits, 1), "rice": Part(torch.tensor([k]), 5)}
-
-
-def mask_of(parts: dict[str, Part], shape: torch.Size) -> Tensor:
-    """The inverse of `mask_parts`, bool of `shape`."""
-    if "mask" in parts:
-        return parts["mask"].numbers.bool().view(shape)
-    bits, k = parts["gaps"].numbers.tolist(), int(parts["rice"].numbers)
-    steps, place = [], 0
-    while place < len(bits):
-        one = bits.index(1, place)
-        steps.append(((one - place) << k) + sum(bits[one + 1 + i] << i for i in range(k)) + 1)
-        place = one + 1 + k
-    kept = torch.zeros(shape.numel(), dtype=torch.bool)
-    kept[torch.tensor(steps, dtype=torch.long).cumsum(0) - 1] = True
-    return kept.view(shape)
 
 
 class PrunedCode(Quantizer):
@@ -247,6 +213,9 @@ class PrunedCode(Quantizer):
         decoded = decrypt(Encrypted.of(parts, self.spec.n_out), self.spec).view(self.planes, -1, self.spec.n_out)
         bits = decoded.mT.flatten(1)[:, : self.mask.numel()].view(self.planes, *self.mask.shape)
         return self._codes(bits, mask_of(parts, self.mask.shape))
+
+    def coding(self) -> dict[str, str]:
+        return {"kind": "xor", "bits": "seeds", "order": "gates"}
 
     def shared(self) -> dict[Hashable, Part]:
         """The wiring M [n_out, n_in]."""

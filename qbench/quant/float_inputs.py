@@ -51,26 +51,59 @@ def float_inputs(model: nn.Module, kept: dict[str, str]) -> dict[str, str]:
     return found
 
 
-def _float(node: fx.Node, modules: dict[str, nn.Module], relu: str = "") -> str:
-    """Why what `node` gives is float, empty where it is quantized; `relu`: the ReLU met on the way back to it."""
+def input_quantizers(model: nn.Module) -> dict[str, Quantizer]:
+    """{layer: the quantizer whose values it reads}, of the layers that do not compute on float inputs.
+
+    Without a graph (a forward that cannot be traced) those that have an input quantizer of their own.
+    """
+    own = {n: getattr(m, "input_quantizer", None) for n, m in layers(model).items()}
+    found = {n: q for n, q in own.items() if q is not None}
+    try:
+        graph = Tracer().trace(model)
+    except Exception:  # whatever a user's forward does with a tensor that has no values
+        return found
+    modules = dict(model.named_modules())
+    for node in graph.nodes:
+        name = str(node.target)
+        if node.op == "call_module" and name in own and name not in found:
+            origin = modules.get(str(_origin(node.all_input_nodes[0], modules)[0].target))
+            maker = origin.output_quantizer if isinstance(origin, QuantLayer) else origin
+            if isinstance(maker, Quantizer):
+                found[name] = maker
+    return found
+
+
+def _origin(node: fx.Node, modules: dict[str, nn.Module], relu: str = "") -> tuple[fx.Node, str]:
+    """The node whose values `node` gives, but for what keeps a grid between them, and the ReLU met on the way to it."""
     name = str(node.target)
-    if node.op == "call_module":
-        module = modules[name]
-        if _makes_a_grid(module):
-            return ""
-        if isinstance(module, KEEPS_THE_GRID):
-            if type(module).__name__.startswith("ReLU"):
-                relu = f"the ReLU '{name}' is not quantized"
-            return _float(node.all_input_nodes[0], modules, relu)
-        return relu or f"no ReLU before it: it reads '{name}' ({_kind(module)})"
-    function = name if node.op == "call_method" else getattr(node.target, "__name__", name)
+    if node.op == "call_module" and not _makes_a_grid(modules[name]) and isinstance(modules[name], KEEPS_THE_GRID):
+        if type(modules[name]).__name__.startswith("ReLU"):
+            relu = f"the ReLU '{name}' is not quantized"
+        return _origin(node.all_input_nodes[0], modules, relu)
+    function = _function(node)
     if node.op in ("call_function", "call_method") and function.rstrip("_") in FUNCTIONS:
         if function.startswith("relu"):
             relu = "the ReLU before it is a function, not a module that a rule could replace"
-        return _float(node.all_input_nodes[0], modules, relu)
-    if node.op == "placeholder":
+        return _origin(node.all_input_nodes[0], modules, relu)
+    return node, relu
+
+
+def _float(node: fx.Node, modules: dict[str, nn.Module]) -> str:
+    """Why what `node` gives is float, empty where it is quantized."""
+    origin, relu = _origin(node, modules)
+    name = str(origin.target)
+    if origin.op == "call_module":
+        if _makes_a_grid(modules[name]):
+            return ""
+        return relu or f"no ReLU before it: it reads '{name}' ({_kind(modules[name])})"
+    if origin.op == "placeholder":
         return relu or "it reads the image"
-    return relu or f"no ReLU before it: it reads the result of {function}"
+    return relu or f"no ReLU before it: it reads the result of {_function(origin)}"
+
+
+def _function(node: fx.Node) -> str:
+    name = str(node.target)
+    return name if node.op == "call_method" else getattr(node.target, "__name__", name)
 
 
 def _kind(module: nn.Module) -> str:

@@ -135,6 +135,7 @@ class Book(Grid):
     shape: tuple[int, ...] = ()
     fixed: tuple[int, ...] = ()  # codes whose values are constants of the method
     scale: Tensor | None = None  # where all values are constants of the method times this, which is stored for them
+    factors: tuple[float, ...] = ()  # these constants
 
     def values(self, codes: Tensor) -> Tensor:
         if not self.shape:
@@ -253,7 +254,15 @@ def multiples(scale: Scale, values: Sequence[float]) -> Book:
     known = _tensor(scale, None)
     table = known.unsqueeze(-1) * torch.tensor(values, device=known.device)
     constants = ("scale",) if isinstance(scale, float | int) else ()
-    return Book(table=table, scale=known, lo=0, hi=len(values) - 1, dynamic=scale is None, constants=constants)
+    return Book(
+        table=table,
+        scale=known,
+        factors=tuple(values),
+        lo=0,
+        hi=len(values) - 1,
+        dynamic=scale is None,
+        constants=constants,
+    )
 
 
 def planes(coefficients: Scale, thresholds: Tensor | float | None = None, pruned: bool = False, q: int = 1) -> Planes:

@@ -58,6 +58,27 @@ class QuantLayer(nn.Module):
         """The bias that inference adds."""
         return self.bias
 
+    def of_inference(self) -> "QuantLayer":
+        """A plain layer in its place with the weight and bias of inference, for one that folds its batch-norm.
+
+        The quantizers are shared but for the weight's, which has done its work once it has seen `source`.
+        """
+        out, channels = self.weight_shape[:2]
+        with torch.no_grad():
+            weight, bias = self.source(), self.inference_bias()
+        plain: nn.Conv2d | nn.Linear
+        if self.conv:
+            shape = (self.stride, self.padding, self.dilation, self.groups)
+            plain = nn.Conv2d(channels * self.groups, out, self.weight_shape[2:], *shape, device="meta")  # type: ignore[arg-type]
+        else:
+            plain = nn.Linear(channels, out, device="meta")
+        plain.weight = nn.Parameter(weight.detach().clone())
+        plain.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        new = QuantLayer(plain)
+        new.input_quantizer, new.output_quantizer = self.input_quantizer, self.output_quantizer
+        new.error_quantizer = self.error_quantizer
+        return new
+
     def quantized_weight(self) -> Tensor:
         """The weight on its grid: the one of the net-wide pass where there is one, else computed here."""
         if self._weight_hat is not None:

@@ -1,13 +1,16 @@
 """A part of a net by itself: in float, while its ranges are set, and what goes into it and comes out of it."""
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qbench.errors import UserError
-from qbench.quant.layers import quant_layers, quantized_weights
+from qbench.quant.float_inputs import layers
+from qbench.quant.layers import QuantLayer, quant_layers, quantized_weights
 from qbench.quant.method import SITES
 from qbench.quant.quantizer import Quantizer, evaluating
 from qbench.quant.surgery import activation_quantizers
@@ -98,6 +101,32 @@ def layer_io(model: nn.Module, layer: nn.Module, batches: Iterable[tuple[Tensor,
             f"but ran {len(inputs)} times in {passes}"
         )
     return torch.cat(inputs), torch.cat(outputs)
+
+
+@torch.no_grad()
+def macs(model: nn.Module, x: Tensor) -> dict[str, int]:
+    """{layer: multiplications and additions for one image} of all convolutions and linear layers that run on `x`.
+
+    Each of the outputs of a layer is a sum over the weights of its channel: outputs * weights / channels, padding
+    counted. A layer that runs more than once counts as often. x: a batch of one image.
+    """
+    found: dict[str, int] = {}
+
+    def counting(name: str) -> Any:
+        def count(layer: Any, args: tuple[Tensor, ...], y: Tensor) -> None:
+            shape = layer.weight_shape if isinstance(layer, QuantLayer) else layer.weight.shape
+            found[name] = found.get(name, 0) + y.numel() * math.prod(shape[1:])
+
+        return count
+
+    handles = [layer.register_forward_hook(counting(name)) for name, layer in layers(model).items()]
+    try:
+        with evaluating(model):
+            model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
 
 
 def _named(model: nn.Module, layer: nn.Module) -> str:

@@ -182,6 +182,10 @@ class Quantizer(nn.Module, ABC):
         """The codes that the parts of `stored` stand for."""
         return self.grid().unpack(parts["codes"])
 
+    def coding(self) -> dict[str, str]:
+        """How the parts of `stored` stand for the codes, in words that need no class: see `qbench.quant.coding`."""
+        return {"kind": "codes"}
+
     def shared(self) -> dict[Hashable, Part]:
         """Tables that all quantizers of an equal key share: a packed file holds them once."""
         return {}

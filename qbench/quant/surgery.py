@@ -269,6 +269,9 @@ def packed(model: nn.Module) -> dict[Hashable, Part]:
             done.add(id(layer.weight))
             parts = q.stored(source) | q.grid(source.float()).tables()
             found |= {f"{name}.weight.{part}": held for part, held in parts.items()} | q.shared()
+        elif layer.folded_norm is not None:
+            done.add(id(layer.weight))
+            found[f"{name}.weight"] = Part(source)
         if (bias := layer.inference_bias()) is not None:
             leave_out(layer.folded_norm)
             done.add(id(layer.bias))

@@ -14,15 +14,18 @@ from qbench.config.identity import needs_parent, parent_of
 from qbench.config.recipe import Recipe
 from qbench.data import load
 from qbench.errors import UserError, unknown
+from qbench.files import atomic_write
 from qbench.quant import surgery
 from qbench.quant.layers import quantized_weights
 from qbench.records import CONFIG, RESULT, read_config, read_result
 from qbench.screen import Screen
-from qbench.training import checkpoint, device, evaluation, trainer
+from qbench.training import checkpoint, device, evaluation, packed, trainer
 from qbench.training.build import assemble, make_batches, make_method, make_model, place_net, quantize
 from qbench.training.optim import criterion
 from qbench.training.run import parent_places, prepare, start_from_file
 from qbench.training.stages import parts
+
+PACKED = "packed.safetensors"
 
 
 def read_trusted(folder: Path, allow: Sequence[str] = ()) -> dict[str, Any]:
@@ -32,14 +35,36 @@ def read_trusted(folder: Path, allow: Sequence[str] = ()) -> dict[str, Any]:
     return config
 
 
-def rebuild(folder: Path, allow: Sequence[str] = ()) -> nn.Module:
-    """The trained, quantized net of a finished run, in eval mode; the data are loaded where it lacks their shape.
+def rebuild(place: Path, allow: Sequence[str] = ()) -> nn.Module:
+    """The trained, quantized net of a finished run, or of a packed file, in eval mode.
 
     allow: packages of which a net may be built, beside qbench's own, torch.nn and torchvision.models.
     """
-    config = read_trusted(folder, allow)
-    images = {k: config["dataset"].get(k) for k in ("channels", "classes", "size")}
-    return _net(folder, config, SimpleNamespace(**images) if all(images.values()) else load(config["dataset"]))
+    if place.is_file():
+        return packed.net_of(packed.read(place, allow))
+    config = _with_shape(read_trusted(place, allow))
+    return _net(place, config, SimpleNamespace(**config["dataset"]))
+
+
+def _with_shape(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with the shape of an image in it; the data are loaded where it lacks that."""
+    names = ("channels", "classes", "size")
+    if all(config["dataset"].get(name) for name in names):
+        return config
+    data = load(config["dataset"])
+    return {**config, "dataset": {**config["dataset"], **{name: getattr(data, name) for name in names}}}
+
+
+def export(folder: Path, out: Path | None = None, allow: Sequence[str] = ()) -> Path:
+    """Write the packed file of a finished run; returns where.
+
+    out: null is packed.safetensors in the run's folder.
+    Errors: UserError where the run is not finished, or its net cannot be packed.
+    """
+    config = _with_shape(read_trusted(folder, allow))
+    result = read_result(folder / RESULT) if (folder / RESULT).is_file() else {}
+    model = _net(folder, config, SimpleNamespace(**config["dataset"]))
+    return atomic_write(out or folder / PACKED, packed.file_of(model, config, result))
 
 
 def _net(folder: Path, config: dict[str, Any], data: Any) -> nn.Module:
@@ -63,7 +88,10 @@ def evaluate(
     """Evaluate a finished run again: (its result, loss, accuracy in percent).
 
     dataset: replaces keys of its data. where: the device, as in `device=`; null: the run's. allow: as in `rebuild`.
+    A packed file in place of the folder is evaluated alike.
     """
+    if folder.is_file():
+        return packed.evaluate(folder, dataset, where, allow)
     config = read_trusted(folder, allow)
     config["device"] = where or config["device"]
     for key, value in (dataset or {}).items():

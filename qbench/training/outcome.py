@@ -1,6 +1,7 @@
 """What a run leaves: its result, manifest, pictures, and the hash of its weights."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,9 +10,12 @@ from torch import nn
 
 import qbench
 from qbench import files
+from qbench.errors import UserError
 from qbench.figures import pictures
+from qbench.lowbit import container
+from qbench.lowbit.sizes import totals
 from qbench.quant import surgery
-from qbench.training import checkpoint, home, trainer
+from qbench.training import checkpoint, home, packed, trainer
 from qbench.training.recorder import Recorder
 from qbench.training.run import Run
 
@@ -35,14 +39,29 @@ def summary(run: Run, model: nn.Module, outcome: trainer.Outcome) -> dict[str, A
     return result
 
 
+def _sizes(
+    model: nn.Module, config: Mapping[str, Any], result: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(five sizes and the sums of multiplications and bit operations, these of each layer), or why there are none."""
+    try:
+        data = packed.file_of(model, config, result)
+    except UserError as error:
+        return {"not_packed": str(error)}, {}
+    meta = container.opened(data, "the packed file").meta
+    sizes = {**meta["sizes"], "file_bytes": len(data)}
+    return {"sizes": sizes, **totals(meta["layers"])}, meta["layers"]
+
+
 def write(run: Run, model: nn.Module, kept: dict[str, str], recorder: Recorder, result: dict[str, Any]) -> None:
     """Everything a run leaves; result.json last, then the checkpoint goes."""
     folder = run.folder
     checkpoint.save(folder / "model.pt", model.state_dict())
     manifest = surgery.manifest(model, kept)
-    files.atomic_write(folder / "manifest.json", json.dumps(manifest, indent=1))
     images = {k: getattr(run.data, k) for k in ("channels", "classes", "size")}  # so that `qbench.load` needs no data
     config = {**run.config, "dataset": {**run.config["dataset"], **images}}
+    sized, manifest["costs"] = _sizes(model, config, result)
+    result |= sized
+    files.atomic_write(folder / "manifest.json", json.dumps(manifest, indent=1))
     files.atomic_write(folder / "config.yaml", yaml.safe_dump(json.loads(json.dumps(config)), sort_keys=False))
     recorder.flush()
     pictures.draw(folder, result, run.config["figures"])

@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from qbench import kernels
 from qbench.config import bits, layer_bits
@@ -20,7 +18,7 @@ from qbench.errors import UserError
 from qbench.figures import sensitivity_plot
 from qbench.files import atomic_write
 from qbench.quant.layers import QuantLayer, quant_layers
-from qbench.quant.passes import as_float, at_site
+from qbench.quant.passes import as_float, at_site, macs
 from qbench.screen import Screen
 from qbench.training import evaluation
 from qbench.training.build import Assembly, assemble, make_batches, seed_of
@@ -51,8 +49,12 @@ def scan(config: dict[str, Any], widths: Sequence[int], sites: str, images: int,
         if not layers:
             whole = {"images": min(images, len(run.data.train))}
             layers = {name: {"weights": math.prod(q.weight_shape)} for name, q in quant_layers(net.model)}
-            for name, macs in _macs(net).items():
-                layers[name]["macs"] = macs
+            data = net.data
+            image = torch.zeros(1, data.channels, data.size, data.size, device=net.place)
+            with as_float(net.model):
+                counts = macs(net.model, image)
+            for name, row in layers.items():
+                row["macs"] = counts.get(name, 0)
         with kernels.using(config["kernels"]), as_float(net.model), screen.phase(f"{width} bits", len(layers)) as view:
             if "loss" not in whole:
                 whole |= _measured(net, batches)
@@ -95,27 +97,6 @@ def _images(net: Assembly, count: int) -> Any:
 def _measured(net: Assembly, batches: Any) -> dict[str, float]:
     loss, accuracy = evaluation.evaluate(net.model, batches, net.place, "fp32")
     return {"loss": loss, "accuracy": accuracy}
-
-
-def _macs(net: Assembly) -> dict[str, int]:
-    """Multiplications of each layer for one image."""
-    data, found = net.data, {}
-    x = torch.zeros(1, data.channels, data.size, data.size, device=net.place)
-
-    def counting(name: str, layer: QuantLayer) -> Any:
-        def count(module: nn.Module, args: tuple[Any, ...], y: Any) -> None:
-            with FlopCounterMode(display=False) as counter:
-                layer.apply_op(args[0], torch.zeros(layer.weight_shape, device=net.place), None)
-            found[name] = counter.get_total_flops() // 2
-
-        return layer.register_forward_hook(count)
-
-    handles = [counting(name, layer) for name, layer in quant_layers(net.model)]
-    with torch.no_grad(), as_float(net.model):
-        net.model.eval()(x)
-    for handle in handles:
-        handle.remove()
-    return found
 
 
 def choose(found: Mapping[str, Any], *, size: float | None = None, bops: float | None = None) -> dict[str, int]:
