@@ -157,7 +157,7 @@ def _check_only(method: str, rules: list[dict[str, Any]], options: Mapping[str, 
 
 
 def wanted(rules: list[dict[str, Any]], options: Mapping[str, Any], protocol: str = "paper") -> list[dict[str, Any]]:
-    """The rules as this protocol has them, without those that are for other values of an option (`only`: one, or a list)."""
+    """The rules as this protocol has them, without those for other values of an option (`only`: a value, or a list)."""
     fit = [r for r in rules if all(options[k] in (v, *_entries(v)) for k, v in (r.get("only") or {}).items())]
     fit = _uniform(fit) if protocol == "uniform" else fit
     return [_without(r, ("only", "uniform")) for r in fit]

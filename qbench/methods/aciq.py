@@ -168,8 +168,10 @@ class Activation(Channels):
     """Inputs clipped to mean +- a, and to 0..max(mean, 0) + a where none is negative; no further than they go.
 
     a is that of the least error for the distribution and the channel's bits (`clipping.best`), times E|x - mean| for
-    laplace, the standard deviation for gauss. Statistics are the means over the calibration batches of each batch's;
-    so are the ends of a range that is not clipped. A linear layer's input has one range.
+    laplace, the standard deviation for gauss. The authors' code quantizes before ReLUs; behind one, mean and scale are
+    found from its upper half (`ranges.upper_half`), of at most 2^14 values of a channel and batch. Statistics are the
+    means over the calibration batches of each batch's; so are the ends of a range that is not clipped. A linear layer's
+    input has one range.
 
     Args:
         bits: 2..8, with `allocate` the mean over the channels
@@ -182,6 +184,7 @@ class Activation(Channels):
     """
 
     told = ("allocate", "clip")
+    SAMPLE = 2**14
 
     def __init__(
         self,
@@ -206,7 +209,12 @@ class Activation(Channels):
     def calibrate(self, x: Tensor) -> None:
         x = x.detach().float()
         rows = x.transpose(0, 1).flatten(1) if self.widths.dim() else x.reshape(1, -1)
-        self._seen.append(torch.stack([*ranges.minmax(rows), *ranges.moments(rows)]))
+        some = rows
+        if rows.shape[1] > self.SAMPLE:  # drawn with a fixed seed
+            random = torch.Generator().manual_seed(0)
+            some = rows[:, torch.randint(rows.shape[1], (self.SAMPLE,), generator=random).to(x.device)]
+        half = ranges.upper_half(some.clamp_min(0))
+        self._seen.append(torch.stack([*ranges.minmax(rows), *ranges.moments(rows), *half]))
 
     @torch.no_grad()
     def finish_calibration(self) -> None:
@@ -214,7 +222,8 @@ class Activation(Channels):
             return
         seen, self._seen = torch.stack(self._seen), []
         half = seen[:, 0].amin(0) >= 0
-        lo, hi, mean, spread, deviation = seen.mean(0)
+        lo, hi, *both = seen.mean(0)
+        mean, spread, deviation = (torch.where(half, b, a) for a, b in zip(both[:3], both[3:], strict=True))
         scale = deviation if self.clip == "gauss" else spread
         sizes = (hi - lo) / 2 if self.clip == "none" else scale
         widths = (allocate(sizes, self.asked) if self.allocate else self.widths.reshape(-1)).to(lo.device)

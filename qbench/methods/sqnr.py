@@ -132,7 +132,8 @@ class FixedPointStep(UniformGrid):
 class AllocateBits(Hook):
     """Once calibrated, give each weight and each input its bits by the rule, and find the steps for them.
 
-    Weights count by their numbers, inputs by the numbers of an image. Each of the two has a budget of its own.
+    Weights count by their numbers, inputs by the numbers of an image. Each of the two has a budget of its own. What was
+    given other bits beforehand (layer_bits) keeps them, and does not count.
 
     Args:
         w_bits, a_bits: mean bits; 32: float
@@ -153,7 +154,7 @@ class AllocateBits(Hook):
         weights = [m.weight_quantizer for _, m in quant_layers(state.model)]
         sites: list[list[Quantizer | None]] = [weights, [*activation_quantizers(state.model).values()]]
         for quantizers, mean in zip(sites, self.budgets, strict=True):
-            found = [q for q in quantizers if isinstance(q, FixedPointStep)]
+            found = [q for q in quantizers if isinstance(q, FixedPointStep) and q.bits == math.floor(mean)]
             for q, bits in zip(found, allocate([q.values for q in found], mean, self.kappa), strict=True):
                 q.fit(bits)
         recalibrate(state.model, state.calibration.epoch(0))

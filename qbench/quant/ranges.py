@@ -147,6 +147,21 @@ def moments(x: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor, T
     return mean, (off.abs() * share).sum(-1), (off.square() * share).sum(-1).sqrt()
 
 
+def upper_half(x: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """(middle, mean distance from it, deviation) of a symmetric distribution of which a ReLU left the rows of x >= 0.
+
+    From what lies above the middle alone, where a ReLU leaves everything as it was: the middle is the median, and 0
+    where half of all or more are 0; E[x - middle | x > middle], and the root of E[(x - middle)^2 | x > middle].
+    """
+    ordered, order = x.sort(-1)
+    shares = torch.ones_like(x) if weights is None else weights.expand_as(x).gather(-1, order)
+    place = (shares.cumsum(-1) < shares.sum(-1, keepdim=True) / 2).sum(-1, keepdim=True).clamp_max(x.shape[-1] - 1)
+    middle = ordered.gather(-1, place)
+    above = (ordered - middle).clamp_min(0)
+    count = (shares * (above > 0)).sum(-1).clamp_min(torch.finfo(x.dtype).tiny)
+    return middle[..., 0], (above * shares).sum(-1) / count, ((above.square() * shares).sum(-1) / count).sqrt()
+
+
 def aciq(
     x: Tensor,
     bits: int,
@@ -159,8 +174,10 @@ def aciq(
     """mean +- a, the clipping that is best for x's distribution; no further than x goes.
 
     a = `clipping.best` times the standard deviation (gauss) or the mean distance from the mean (laplace). Where x is
-    never negative: 0..max(mean, 0) + a, with the a of half a range. Without a `distribution` each row has the one whose
-    range has the less squared error, measured on the grid, Laplace where they are equal.
+    never negative it is what a ReLU left: 0..max(mean, 0) + a with the a of half a range, mean and scale being those of
+    the values before the ReLU, as the authors' code measures them; here they come from its `upper_half`. Without a
+    `distribution` each row has the one whose range has the less squared error, measured on the grid, Laplace where they
+    are equal.
 
     Reference: 1810.05723; the choice by measured error is `mix` in the authors' code
     """
@@ -168,6 +185,9 @@ def aciq(
     mean, spread, deviation = moments(x, weights)
     error = _squared_error(x, code_bounds(bits, symmetric, restricted, signed), symmetric, weights)
     half, found = lo >= 0, []
+    if bool(half.any()):
+        rectified = zip(upper_half(x.clamp_min(0), weights), (mean, spread, deviation), strict=True)
+        mean, spread, deviation = (torch.where(half, of_half, of_all) for of_half, of_all in rectified)
     for kind in DISTRIBUTIONS if distribution is None else (distribution,):
         scale = deviation if kind == "gauss" else spread
         a = torch.where(half, best(kind, bits, half=True), best(kind, bits)) * scale

@@ -1,6 +1,7 @@
 """SQNR: steps and ratios of a Gaussian, the rule by hand, budgets that are kept, steps that are powers of two."""
 
 import math
+from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -111,18 +112,20 @@ def test_a_budget_is_kept_and_the_rule_up_to_a_bit(sizes: list[int], mean: float
                 assert abs(found[i] - found[j] - 10 / kappa * math.log10(m / n)) < 1 + 1e-6
 
 
-def test_a_net_has_its_bits_in_budget_and_keeps_them(tmp_path: Any) -> None:
+def test_a_net_has_its_bits_in_budget_and_keeps_them() -> None:
     def build() -> nn.Module:
         torch.manual_seed(0)
         net = Tiny(channels=3, classes=10, size=8)
-        surgery.quantize(net, [Rule(**{s: lambda m, s: FixedPointStep(m, s, bits=4) for s in ("weight", "input")})])
+        slots = {site: partial(FixedPointStep, bits=bits) for site, bits in (("weight", 4), ("input", 5))}
+        surgery.quantize(net, [Rule("fc", weight=partial(FixedPointStep, bits=9)), Rule(**slots)])
         return net.eval()
 
     net, x = build(), torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     batches: Any = SimpleNamespace(epoch=lambda epoch: [(x, x)])
     recalibrate(net, [(x, x)])
     AllocateBits(4.0, 5.0).after_calibrate(State(net, torch.Generator(), calibration=batches))
-    layers = [layer for _, layer in quant_layers(net)]
+    layers = [layer for name, layer in quant_layers(net) if name != "fc"]
+    assert net.fc.weight_quantizer.bits == 9  # given beforehand
     for site, mean in (("weight", 4), ("input", 5)):
         made = [getattr(layer, f"{site}_quantizer") for layer in layers]
         assert mean - 1 < sum(q.bits * q.values for q in made) / sum(q.values for q in made) <= mean
