@@ -117,15 +117,15 @@ def test_a_net_has_its_bits_in_budget_and_keeps_them() -> None:
         torch.manual_seed(0)
         net = Tiny(channels=3, classes=10, size=8)
         slots = {site: partial(FixedPointStep, bits=bits) for site, bits in (("weight", 4), ("input", 5))}
-        surgery.quantize(net, [Rule("fc", weight=partial(FixedPointStep, bits=9)), Rule(**slots)])
+        surgery.quantize(net, [Rule("conv1", weight=partial(FixedPointStep, bits=9)), Rule(**slots)])
         return net.eval()
 
     net, x = build(), torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     batches: Any = SimpleNamespace(epoch=lambda epoch: [(x, x)])
     recalibrate(net, [(x, x)])
     AllocateBits(4.0, 5.0).after_calibrate(State(net, torch.Generator(), calibration=batches))
-    layers = [layer for name, layer in quant_layers(net) if name != "fc"]
-    assert net.fc.weight_quantizer.bits == 9  # given beforehand
+    layers = [layer for name, layer in quant_layers(net) if name != "conv1"]
+    assert net.conv1.weight_quantizer.bits == 9  # given beforehand
     for site, mean in (("weight", 4), ("input", 5)):
         made = [getattr(layer, f"{site}_quantizer") for layer in layers]
         assert mean - 1 < sum(q.bits * q.values for q in made) / sum(q.values for q in made) <= mean
