@@ -23,11 +23,12 @@ LEAVES = (
     "shapes",
     "screen",
     "quant.ops",
-    "quant.ranges",
+    "quant.clipping",
     "quant.packing",
     "config.kinds",
     "config.bits",
 )
+ON_LEAVES = {"quant.ranges": "quant.clipping"}  # what needs one leaf, and is one otherwise
 # Rooms and modules that a command without computing may load: torch takes seconds.
 LIGHT = (
     "config",
@@ -40,6 +41,7 @@ LIGHT = (
     "screen",
     "figures.report",
     "methods.shared.xor_spec",
+    "methods.shared.formats",
 )
 # What each room may import, beside errors, files, records, shapes and itself.
 ROOMS: dict[str, set[str]] = {
@@ -136,6 +138,11 @@ def test_a_method_knows_no_other_method_but_what_is_shared() -> None:
 @pytest.mark.parametrize("leaf", LEAVES)
 def test_a_leaf_needs_nothing_of_ours_but_errors(leaf: str) -> None:
     assert graph(everywhere=True)[f"qbench.{leaf}"] <= {"qbench.errors"}
+
+
+def test_what_stands_on_one_leaf_needs_no_more() -> None:
+    for name, leaf in ON_LEAVES.items():
+        assert graph(everywhere=True)[f"qbench.{name}"] <= {"qbench.errors", f"qbench.{leaf}"}
 
 
 def test_the_models_know_nothing_of_quantization() -> None:

@@ -222,6 +222,9 @@ def test_bits_mean_levels(name: str, w_bits: float, a_bits: float, tmp_path: Pat
         assert w_bits == bits.FLOAT
         assert not [e for e in manifest["weights"].values() if "quantizer" in e]
         assert manifest["size"]["bits_per_weight"] == 32
+    elif w_bits < bits.FLOAT and NODES[name]["w_bits"].get("learned"):
+        mean = surgery.learned_bits(case.model, NODES[name])["w_bits_learned"]
+        assert w_bits - 1 < mean < w_bits + 0.01
     elif w_bits < bits.FLOAT:
         assert any(abs(layer.weight_quantizer.bits - w_bits) < 0.01 for layer in layers.values())  # type: ignore[union-attr]
     for layer_name, layer in layers.items():
@@ -246,7 +249,9 @@ def test_bits_mean_levels(name: str, w_bits: float, a_bits: float, tmp_path: Pat
         if q.granularity == "per_tensor":
             assert len(outputs.unique()) <= min(2**q.bits, q.levels), q_name
             assert manifest["activations"][q_name]["bits"] == q.bits
-    if a_bits < bits.FLOAT:
+    if a_bits < bits.FLOAT and NODES[name]["a_bits"].get("learned"):
+        assert min(q.bits for q, _ in seen.values()) <= a_bits <= max(q.bits for q, _ in seen.values())
+    elif a_bits < bits.FLOAT:
         assert any(q.bits == a_bits for q, _ in seen.values())
     elif not any("first" in str(k) or "last" in str(k) for k in case.config["options"]):
         assert not seen

@@ -157,10 +157,15 @@ def _check_only(method: str, rules: list[dict[str, Any]], options: Mapping[str, 
 
 
 def wanted(rules: list[dict[str, Any]], options: Mapping[str, Any], protocol: str = "paper") -> list[dict[str, Any]]:
-    """The rules as this protocol has them, without those that are for other values of an option (`only`)."""
-    fit = [r for r in rules if all(options[k] == v for k, v in (r.get("only") or {}).items())]
+    """The rules as this protocol has them, without those for other values of an option (`only`: a value, or a list)."""
+    fit = [r for r in rules if all(options[k] in (v, *_entries(v)) for k, v in (r.get("only") or {}).items())]
     fit = _uniform(fit) if protocol == "uniform" else fit
     return [_without(r, ("only", "uniform")) for r in fit]
+
+
+def _entries(value: Any) -> list[Any]:
+    """The entries of a list; nothing else has any."""
+    return value if isinstance(value, list) else []
 
 
 def _without(part: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:

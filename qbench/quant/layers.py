@@ -20,6 +20,9 @@ class QuantLayer(nn.Module):
     """
 
     folded_norm: nn.Module | None = None  # the batch-norm whose work the weight and bias of inference do
+    moments: tuple[Tensor, Tensor] | None = (
+        None  # (mean, std) of each output, where a batch-norm that is gone tells them
+    )
     sees_both = False  # whether `forward` reads its input both before and after the input quantizer
 
     def __init__(self, layer: nn.Conv2d | nn.Linear) -> None:

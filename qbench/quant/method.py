@@ -19,8 +19,9 @@ class Rule:
     batch-norm); the factory in `replace` then gets both. weight / input / output / error: factories called with (layer,
     site).
     replace: a factory called with (module, 'replace') that makes the new module; the other sites then sit on it.
-    channels: give it `channels=` too, the number of channels that reach the module (a ReLU does not know). keep: leave
-    it alone, with the reason shown in the manifest. below: only modules of fewer weights than this. optional: matching
+    channels: give it `channels=` too, the number of channels that reach the module (a ReLU does not know). corrected:
+    how the method corrects biases afterwards; unless 'none', a layer without a bias gets one of zeros. keep: leave it
+    alone, with the reason shown in the manifest. below: only modules of fewer weights than this. optional: matching
     nothing is no error.
     """
 
@@ -33,6 +34,7 @@ class Rule:
     error: Factory | None = None
     replace: Factory | None = None
     channels: bool = False
+    corrected: str = "none"
     keep: str | None = None
     below: int | None = None
     optional: bool = False

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -63,6 +63,48 @@ def calibrating(module: nn.Module) -> Iterator[None]:
             handle.remove()
     for q in quantizers:
         q.finish_calibration()
+
+
+@torch.no_grad()
+def recalibrate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Set all ranges anew: of weights from the weights, then of activations from images, whose labels are not read."""
+    for _, layer in quant_layers(model):
+        if layer.weight_quantizer is not None:
+            layer.weight_quantizer.calibrate(layer.source())
+            layer.weight_quantizer.finish_calibration()
+    with evaluating(model), calibrating(model), quantized_weights(model):
+        for x, _ in batches:
+            model(x)
+
+
+class _Reached(Exception):
+    """A pass has come as far as it is wanted."""
+
+
+@torch.no_grad()
+def visits(
+    model: nn.Module, layer: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(what it is given, what it gives) of a layer that runs once in each pass, batch by batch, in evaluation.
+
+    What comes behind it is not computed. The input is what the module is given, before a quantizer that it holds.
+    """
+    found: list[tuple[Tensor, Tensor]] = []
+
+    def reached(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
+        found.append((args[0], y))
+        raise _Reached
+
+    for x, _ in batches:
+        handle = layer.register_forward_hook(reached)
+        try:
+            with evaluating(model), quantized_weights(model), suppress(_Reached):
+                model(x)
+        finally:
+            handle.remove()
+        if not found:
+            raise UserError(f"one layer or block at a time: {_named(model, layer)} does not run in a pass")
+        yield found.pop()
 
 
 @torch.no_grad()

@@ -5,13 +5,16 @@ Values are [channels, n], one range per row, or [n], one range in all; lo and hi
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from qbench.errors import UserError
+from qbench.quant.clipping import DISTRIBUTIONS, best
 
-KINDS = ("minmax", "percentile", "mse", "kl")
+# ema: minmax, of which an activation's quantizer keeps moving averages. fixed and std take the number `clip`.
+KINDS = ("minmax", "percentile", "mse", "kl", "ema", "aciq", "aciq_gauss", "aciq_laplace", "fixed", "std")
 
 # Shares of the whole range that `mse` tries: equal steps down to 1/64, then a factor of 2^(1/2) down to 2^-16;
 # and, of the gap to the next share, what it tries about the best of them.
@@ -88,6 +91,20 @@ def _between(ordered: Tensor, place: float) -> Tensor:
     return ordered[..., below].lerp(ordered[..., above], place - below)
 
 
+def _squared_error(
+    x: Tensor, bounds: tuple[int, int], symmetric: bool, weights: Tensor | None
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """A function of (lo, hi): the mean squared error of quantizing each row of x on the grid of that range."""
+    share_of = None if weights is None else weights / weights.sum()
+
+    def error(lo: Tensor, hi: Tensor) -> Tensor:
+        step, zero = (t[..., None] for t in grid(lo, hi, bounds, symmetric))
+        square = codes(x, step, zero).clamp_(*bounds).sub_(zero).mul_(step).sub_(x).square_()
+        return square.mean(-1) if share_of is None else square.mul_(share_of).sum(-1)
+
+    return error
+
+
 def mse(
     x: Tensor,
     bits: int,
@@ -102,14 +119,7 @@ def mse(
     in the same order, shares between the best and its neighbours. Never worse than minmax; an outlier 2^16 times the
     rest is still cut. Memory: a few copies of x.
     """
-    bounds = code_bounds(bits, symmetric, restricted, signed)
-    share_of = None if weights is None else weights / weights.sum()
-
-    def error(lo: Tensor, hi: Tensor) -> Tensor:
-        step, zero = (t[..., None] for t in grid(lo, hi, bounds, symmetric))
-        square = codes(x, step, zero).clamp_(*bounds).sub_(zero).mul_(step).sub_(x).square_()
-        return square.mean(-1) if share_of is None else square.mul_(share_of).sum(-1)
-
+    error = _squared_error(x, code_bounds(bits, symmetric, restricted, signed), symmetric, weights)
     lo, hi = minmax(x)
     whole = torch.stack([lo.clamp_max(0), hi.clamp_min(0)])
     best, shares = error(*whole), torch.ones_like(whole)
@@ -124,6 +134,69 @@ def mse(
             better = found < best
             best, shares = torch.where(better, found, best), torch.where(better, tried, shares)
     return whole[0] * shares[0], whole[1] * shares[1]
+
+
+def moments(x: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """(mean, mean distance from it, standard deviation) of each row, over all its values: no n - 1."""
+    if weights is None:
+        mean = x.mean(-1)
+        return mean, (x - mean[..., None]).abs().mean(-1), (x - mean[..., None]).square().mean(-1).sqrt()
+    share = weights / weights.sum()
+    mean = (x * share).sum(-1)
+    off = x - mean[..., None]
+    return mean, (off.abs() * share).sum(-1), (off.square() * share).sum(-1).sqrt()
+
+
+def upper_half(x: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """(middle, mean distance from it, deviation) of a symmetric distribution of which a ReLU left the rows of x >= 0.
+
+    From what lies above the middle alone, where a ReLU leaves everything as it was: the middle is the median, and 0
+    where half of all or more are 0; E[x - middle | x > middle], and the root of E[(x - middle)^2 | x > middle].
+    """
+    ordered, order = x.sort(-1)
+    shares = torch.ones_like(x) if weights is None else weights.expand_as(x).gather(-1, order)
+    place = (shares.cumsum(-1) < shares.sum(-1, keepdim=True) / 2).sum(-1, keepdim=True).clamp_max(x.shape[-1] - 1)
+    middle = ordered.gather(-1, place)
+    above = (ordered - middle).clamp_min(0)
+    count = (shares * (above > 0)).sum(-1).clamp_min(torch.finfo(x.dtype).tiny)
+    return middle[..., 0], (above * shares).sum(-1) / count, ((above.square() * shares).sum(-1) / count).sqrt()
+
+
+def aciq(
+    x: Tensor,
+    bits: int,
+    symmetric: bool = False,
+    restricted: bool = False,
+    signed: bool = True,
+    weights: Tensor | None = None,
+    distribution: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """mean +- a, the clipping that is best for x's distribution; no further than x goes.
+
+    a = `clipping.best` times the standard deviation (gauss) or the mean distance from the mean (laplace). Where x is
+    never negative it is what a ReLU left: 0..max(mean, 0) + a with the a of half a range, mean and scale being those of
+    the values before the ReLU, as the authors' code measures them; here they come from its `upper_half`. Without a
+    `distribution` each row has the one whose range has the less squared error, measured on the grid, Laplace where they
+    are equal.
+
+    Reference: 1810.05723; the choice by measured error is `mix` in the authors' code
+    """
+    lo, hi = minmax(x)
+    mean, spread, deviation = moments(x, weights)
+    error = _squared_error(x, code_bounds(bits, symmetric, restricted, signed), symmetric, weights)
+    half, found = lo >= 0, []
+    if bool(half.any()):
+        rectified = zip(upper_half(x.clamp_min(0), weights), (mean, spread, deviation), strict=True)
+        mean, spread, deviation = (torch.where(half, of_half, of_all) for of_half, of_all in rectified)
+    for kind in DISTRIBUTIONS if distribution is None else (distribution,):
+        scale = deviation if kind == "gauss" else spread
+        a = torch.where(half, best(kind, bits, half=True), best(kind, bits)) * scale
+        ends = torch.where(half, 0.0, torch.maximum(mean - a, lo)), torch.minimum(mean + a, hi)
+        found.append((ends, error(*ends)))
+    ends, least = found[0]
+    for other, loss in found[1:]:
+        ends = tuple(torch.where(loss <= least, b, a) for a, b in zip(ends, other, strict=True))  # type: ignore[assignment]
+    return ends
 
 
 def kl(
@@ -232,9 +305,12 @@ def find(
     restricted: bool = False,
     signed: bool = True,
     percent: float = 99.99,
+    clip: float | None = None,
     weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(lo, hi) of `x` by the function called `kind`; `percent` is what `percentile` takes.
+
+    fixed: -clip..clip, std: mean +- clip standard deviations; both no further than x goes.
 
     Errors: UserError where a value is not finite: it has no place on a grid.
     """
@@ -250,4 +326,10 @@ def find(
         return mse(x, bits, symmetric, restricted, signed, weights)
     if kind == "kl":
         return kl(x, bits, symmetric, restricted, signed, weights)
+    if kind.startswith("aciq"):
+        return aciq(x, bits, symmetric, restricted, signed, weights, kind.partition("_")[2] or None)
+    if clip is not None and kind in ("fixed", "std"):
+        mean, _, deviation = moments(x, weights)
+        mean, deviation = (mean, deviation) if kind == "std" else (torch.zeros_like(lo), torch.ones_like(lo))
+        return torch.maximum(lo, mean - clip * deviation), torch.minimum(hi, mean + clip * deviation)
     return lo, hi

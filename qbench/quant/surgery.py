@@ -186,6 +186,8 @@ def _put(model: nn.Module, name: str, new: nn.Module) -> None:
 
 def _fill(layer: QuantLayer, rule: Rule) -> None:
     """Attach the rule's quantizers; each factory is called with the layer and the site's name."""
+    if rule.corrected != "none" and layer.bias is None:
+        layer.bias = nn.Parameter(layer.weight.new_zeros(layer.weight_shape[0]))
     if rule.input is not None:
         layer.input_quantizer = rule.input(layer, "input")
     if rule.output is not None:

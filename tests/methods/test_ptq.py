@@ -2,19 +2,27 @@
 
 from copy import deepcopy
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from qbench.cli.overrides import resolve_row
+from qbench.data import load
+from qbench.errors import UserError
+from qbench.methods.dfq import BoundedReLU
 from qbench.methods.shared.fold import fold
 from qbench.models.resnet import ResNetCIFAR
 from qbench.models.tiny import Tiny
 from qbench.quant import surgery
+from qbench.quant.floating import Floating
 from qbench.quant.layers import QuantLayer, quant_layers
 from qbench.quant.method import Rule
 from qbench.quant.uniform import Uniform
 from qbench.training import evaluation
+from qbench.training.build import Assembly, assemble
+from qbench.training.trainer import Trainer
 
 torch.set_num_threads(1)
 
@@ -158,3 +166,84 @@ def test_trains_when_asked_to() -> None:
         optimizer.step()
     assert loss.isfinite()
     assert all(not torch.equal(p, before[name]) for name, p in net.named_parameters())
+
+
+# --- options, through the YAML
+
+
+def assembled(*words: str) -> Assembly:
+    here = ("budget=smoke", "device=cpu", "init=scratch", "dataset=synthetic", "dataset.train_size=64")
+    net = () if any("model=" in w for w in words) else ("model=mobilenet_v2", "model.width=0.1")
+    config = resolve_row(["method=ptq", "dataset.size=8", *here, *net, *words])
+    return assemble(config, load(config["dataset"]), lived_in)
+
+
+def run_of(tmp_path: Path, *words: str) -> tuple[nn.Module, dict[str, str], Trainer]:
+    """The calibrated net, what was kept, and its loop."""
+    net = assembled(*words)
+    loop = net.trainer(tmp_path)
+    net.calibrate(loop)
+    return net.model.eval(), net.kept, loop
+
+
+@pytest.mark.parametrize(("word", "bits"), [("fp16", 16), ("e4m3", 8), ("e5m2", 8)])
+def test_weights_stored_as_floats(word: str, bits: int, tmp_path: Path) -> None:
+    net, kept, _ = run_of(tmp_path, f"options.w_format={word}", f"w_bits={bits}")
+    manifest = surgery.manifest(net, kept)
+    weights = {n: e for n, e in manifest["weights"].items() if n.endswith("weight")}
+    assert {(e["quantizer"], e["bits"], e["format"]) for e in weights.values()} == {("Floating", bits, word)}
+    assert bits <= manifest["size"]["bits_per_weight"] < bits * 1.3
+    assert manifest["size"]["bytes"] == sum(len(part.pack()) for part in surgery.packed(net).values())
+    for _, layer in quant_layers(net):
+        q = layer.weight_quantizer
+        assert isinstance(q, Floating)
+        assert q.grid().values(q.codes(layer.weight)).allclose(layer.quantized_weight(), rtol=1e-6, atol=0)
+
+
+def test_an_option_of_each_kind_reaches_its_quantizer(tmp_path: Path) -> None:
+    words = ("group=12", "w_range=std", "w_clip=2", "a_range=ema", "ema_decay=0.5", "a_symmetric=true")
+    net, *_ = run_of(tmp_path, *(f"options.{w}" for w in words), "options.half_range=never")
+    for _, layer in quant_layers(net):
+        w, a = layer.weight_quantizer, layer.input_quantizer
+        assert isinstance(w, Uniform)
+        assert isinstance(a, Uniform)
+        assert (w.granularity, w.range, w.clip) == ("per_group", "std", 2)
+        assert len(w.grid().step) * w.grid().view[1] == layer.weight.numel()
+        assert (a.range, a.decay, a.half_range, a.bounds) == ("ema", 0.5, "never", (-128, 127))
+
+
+SMALL = ("model=resnet20", "model.depth=8", "model.width=0.25")
+
+
+@pytest.mark.parametrize(
+    ("words", "net"),
+    [
+        (("equalize=true",), ()),
+        (("equalize=true", "absorb=true", "relu6=relu", "bias_correction=analytic", "per_channel=false"), ()),
+        (("bias_correction=empirical",), SMALL),
+        (("fold=null", "reestimate=true", "bias_correction=empirical"), SMALL),
+    ],
+)
+def test_what_is_put_right_travels_with_the_net(words: tuple[str, ...], net: tuple[str, ...], tmp_path: Path) -> None:
+    """A net built afresh gives the same once it has read the state; without the option it is another net."""
+    options = [f"options.{w}" for w in words]
+    made, _, loop = run_of(tmp_path, *options, *net)
+    plain, *_ = run_of(tmp_path, *net)
+    (x, _), *_ = loop.state.calibration.epoch(0)
+    assert not made(x).allclose(plain(x), rtol=1e-3)
+    again = assembled(*options, *net, "seed=1").model.eval()
+    again.load_state_dict(made.state_dict())
+    assert again(x).equal(made(x))
+    assert any(isinstance(m, BoundedReLU) for m in made.modules()) == (words == ("equalize=true",))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("options.w_format=fp8", "w_bits=8"), "w_format must be one of integer, fp16, e4m3, e5m2, got 'fp8'"),
+        (("options.w_format=fp16",), "weights stored as fp16 have 16 bits: w_bits=16, got 8"),
+    ],
+)
+def test_formats_have_their_own_bits(words: tuple[str, ...], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        resolve_row(["method=ptq", "model=tiny", "dataset=synthetic", *words])

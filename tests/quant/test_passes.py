@@ -14,7 +14,7 @@ from qbench.models.resnet import ResNetCIFAR
 from qbench.quant import surgery
 from qbench.quant.layers import quant_layers, quantized_weights
 from qbench.quant.method import SITES, Rule
-from qbench.quant.passes import ACTIVATIONS, as_float, at_site, calibrating, layer_io
+from qbench.quant.passes import ACTIVATIONS, as_float, at_site, calibrating, layer_io, recalibrate, visits
 from qbench.quant.quantizer import Quantizer
 from qbench.quant.uniform import Uniform
 
@@ -215,3 +215,39 @@ def test_calibrating_a_part_moves_its_ranges_alone(nets: tuple[nn.Module, nn.Mod
         fails()
     assert all(enabled(quantized))
     assert not any(m._forward_pre_hooks for m in quantized.modules())
+
+
+def test_visits_are_the_input_and_output_batch_by_batch_and_end_the_pass(
+    nets: tuple[nn.Module, nn.Module], batches: Batches
+) -> None:
+    _, net = nets
+    for name, layer in quant_layers(net):
+        want_x, want_y = layer_io(net, layer, batches)
+        seen = list(visits(net, layer, batches))
+        assert [len(x) for x, _ in seen] == [4, 4, 3], name
+        assert torch.cat([x for x, _ in seen]).equal(want_x), name
+        assert torch.cat([y for _, y in seen]).equal(want_y), name
+    runs: list[int] = []
+    handle = net.get_submodule("fc").register_forward_hook(lambda *args: runs.append(1))
+    list(visits(net, net.get_submodule("layer1.0.conv1"), batches))
+    assert runs == []
+    handle.remove()
+    assert not any(m._forward_hooks for m in net.modules())
+    with pytest.raises(UserError, match="does not run in a pass"):
+        next(visits(net, nn.Linear(1, 1), batches))
+
+
+def test_all_ranges_are_found_again(nets: tuple[nn.Module, nn.Module], batches: Batches) -> None:
+    """Of a weight and an input ten times as large they are ten times as wide."""
+    _, net = nets
+    layer, name = net.get_submodule("layer1.0.conv1"), "layer1.0.conv1"
+    before = {s: getattr(layer, f"{s}_quantizer").hi.clone() for s in ("weight", "input")}
+    with torch.no_grad():
+        layer.weight.mul_(10)
+        net.get_submodule("conv1").weight.mul_(10)
+        net.get_submodule("conv1").bias.mul_(10)
+    net.get_submodule("conv1").output_quantizer = None
+    recalibrate(net, batches)
+    torch.testing.assert_close(layer.weight_quantizer.hi, 10 * before["weight"])
+    assert layer.input_quantizer.hi > 5 * before["input"], name
+    assert enabled(net) == [True] * len(enabled(net))

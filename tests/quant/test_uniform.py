@@ -195,11 +195,99 @@ def test_state_round_trips_and_half_precision_comes_back_as_it_was() -> None:
     [
         ({"bits": 1}, r"bits must be a whole number in 2\.\.16, got 1"),
         ({"bits": 17}, r"bits must be a whole number in 2\.\.16, got 17"),
-        ({"bits": 8, "range": "max"}, "range must be one of minmax, percentile, mse, kl, got 'max'"),
+        ({"bits": 8, "range": "max"}, "range must be one of minmax, percentile, mse, kl, ema, .*, got 'max'"),
         ({"bits": 8, "percentile": 50}, "percentile must be above 50 and at most 100, got 50"),
-        ({"bits": 8, "per_channel": True}, "per_channel is for weights"),
+        ({"bits": 8, "per_channel": True}, "per_channel and group are for weights"),
+        ({"bits": 8, "group": 4}, "per_channel and group are for weights"),
+        ({"bits": 8, "range": "fixed"}, "range=fixed needs a clip above 0, got None"),
+        ({"bits": 8, "range": "std", "clip": 0}, "range=std needs a clip above 0, got 0"),
+        ({"bits": 8, "range": "ema", "decay": 1}, "decay must be at least 0 and below 1, got 1"),
+        ({"bits": 8, "half_range": "always"}, "half_range=always is for symmetric activations"),
+        ({"bits": 8, "half_range": "some"}, "half_range must be one of auto, always, never, got 'some'"),
     ],
 )
 def test_refuses(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Uniform(LAYER, "input", **options)
+
+
+def test_refuses_of_a_weight() -> None:
+    with pytest.raises(ValueError, match="ema averages over calibration batches"):
+        Uniform(LAYER, "weight", bits=8, range="ema")
+    with pytest.raises(ValueError, match="group must be a whole number of at least 1, or null, got -2"):
+        Uniform(LAYER, "weight", bits=8, group=-2)
+
+
+# --- groups
+
+
+def test_groups_by_hand() -> None:
+    """Two channels of four weights in groups of two, at 2 bits: steps 1/3, 2, 1, 0 (any)."""
+    w = torch.tensor([[0.0, 1.0, 0.0, 6.0], [-1.0, 2.0, 0.0, 0.0]], requires_grad=True)
+    q = fitted(w.detach(), nn.Linear(4, 2), "weight", bits=2, group=2)
+    assert q.step.flatten().tolist() == pytest.approx([1 / 3, 2, 1, 1])
+    assert q.zero.flatten().tolist() == [0, 0, 1, 0]
+    x = torch.tensor([[0.4, 9.0, 2.9, -1.0], [-1.6, 1.4, 0.0, 0.6]], requires_grad=True)
+    q(x).sum().backward()
+    assert q(x).detach().flatten().tolist() == pytest.approx([1 / 3, 1, 2, 0, -1, 1, 0, 1])
+    assert x.grad is not None
+    assert x.grad.flatten().tolist() == [1, 0, 1, 1, 0, 1, 1, 1]  # -1 / 2 rounds to -0: inside
+    assert q.codes(x).shape == x.shape
+    torch.testing.assert_close(q.grid(x).values(q.codes(x)), q(x).detach())
+    assert q.stored_bits(w) == (2 * 8, 4 * 32 + 4 * 2)
+    assert (q.granularity, q.describe()["group"]) == ("per_group", 2)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_group_of_a_whole_channel_is_per_channel_and_smaller_ones_lose_less(symmetric: bool) -> None:
+    layer = nn.Conv2d(4, 6, 3)
+    w = random(6, 4, 3, 3) * torch.logspace(-1, 1, 36).reshape(1, 4, 3, 3)
+    options = {"bits": 3, "symmetric": symmetric}
+    whole = fitted(w, layer, "weight", per_channel=True, **options)(w)
+    assert fitted(w, layer, "weight", group=36, **options)(w).equal(whole)
+    errors = [(fitted(w, layer, "weight", group=g, **options)(w) - w).norm().item() for g in (36, 12, 6, 3)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < errors[0] / 2
+
+
+@pytest.mark.parametrize(
+    ("asked", "weights", "got"),
+    [(8, 27, 9), (64, 27, 27), (16, 144, 16), (16, 37, 37), (6, 36, 6), (5, 49, 7), (2, 64, 2)],
+)
+def test_groups_divide_a_channel(asked: int, weights: int, got: int) -> None:
+    assert Uniform(nn.Linear(weights, 2), "weight", bits=4, group=asked).group == got
+
+
+# --- moving averages, clips, half a range
+
+
+def test_moving_averages_by_hand() -> None:
+    q = Uniform(LAYER, "input", bits=8, range="ema", decay=0.75)
+    for lo, hi in ((-1.0, 2.0), (-5.0, 6.0), (1.0, 2.0)):
+        q.calibrate(torch.tensor([lo, hi]))
+    q.finish_calibration()
+    assert q.hi.item() == pytest.approx(0.75 * (0.75 * 2 + 0.25 * 6) + 0.25 * 2)
+    assert q.lo.item() == pytest.approx(0.75 * (0.75 * -1 + 0.25 * -5) + 0.25 * 1)
+
+
+def test_a_clip_is_no_further_than_the_values_go() -> None:
+    x = torch.tensor([-0.3, 0.0, 1.0, 4.0])
+    assert [fitted(x, bits=8, range="fixed", clip=c).hi.item() for c in (0.5, 2, 100)] == [0.5, 2, 4]
+    assert fitted(x, bits=8, range="fixed", clip=2).lo.item() == pytest.approx(-0.3)
+    q = fitted(x, bits=8, range="std", clip=1)
+    mean, std = x.mean().item(), x.std(correction=0).item()
+    assert (q.lo.item(), q.hi.item()) == pytest.approx((-0.3, mean + std))
+    w = torch.tensor([[-4.0, 4.0], [1.0, 3.0]])
+    q = fitted(w, nn.Linear(2, 2), "weight", bits=8, range="std", clip=0.5, per_channel=True)
+    assert q.hi.flatten().tolist() == [2, 2.5]
+
+
+def test_half_a_range_by_choice() -> None:
+    """Negative values become 0, and what is positive has all the codes; or signed codes for what is never negative."""
+    x = torch.tensor([-9.0, 0.5, 3.0])
+    for kind in ("minmax", "mse", "aciq"):
+        q = fitted(x, bits=8, symmetric=True, half_range="always", range=kind)
+        assert (q.bounds, q.lo.item()) == ((0, 255), 0)
+        assert q.step.item() == pytest.approx(3 / 255, rel=0.02)
+        assert q(x)[0].item() == 0
+    assert fitted(x.abs(), bits=8, symmetric=True, half_range="never").bounds == (-128, 127)

@@ -10,7 +10,8 @@ def fold(layer: nn.Conv2d | nn.Linear, site: str, pair: nn.Module | None = None)
     """A QuantLayer with the batch-norm `pair` multiplied into weight and bias; without a pair, just the layer.
 
     w_fold = gamma w / sqrt(var + eps), b_fold = beta + gamma (b - mean) / sqrt(var + eps), with the running statistics.
-    Without it the ranges of the weights mean little: batch-norm scales each channel afterwards.
+    Without it the ranges of the weights mean little: batch-norm scales each channel afterwards. The layer's `moments`
+    are what the batch-norm says of its output: mean beta, standard deviation |gamma|.
 
     Raises:
         ValueError: a pair without running statistics cannot be folded
@@ -28,4 +29,8 @@ def fold(layer: nn.Conv2d | nn.Linear, site: str, pair: nn.Module | None = None)
     with torch.no_grad():
         layer.weight.mul_(scale.reshape(-1, *[1] * (layer.weight.dim() - 1)))
     layer.bias = nn.Parameter(bias.detach())
-    return QuantLayer(layer)
+    folded = QuantLayer(layer)
+    mean = torch.zeros_like(bias) if pair.bias is None else pair.bias.detach().clone()
+    std = torch.ones_like(bias) if pair.weight is None else pair.weight.detach().abs()
+    folded.moments = mean, std
+    return folded
