@@ -57,15 +57,16 @@ def correction(rows: Tensor, hats: Tensor) -> tuple[Tensor, Tensor]:
 
 class _OnGrid(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, step: Tensor, zero: Tensor, highest: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, step: Tensor, zero: Tensor, highest: Tensor, gain: Tensor) -> Tensor:
         codes = ranges.codes(x, step, zero)
-        ctx.save_for_backward((codes >= 0) & (codes <= highest))
-        return torch.minimum(codes.clamp_(min=0), highest).sub_(zero).mul_(step)
+        ctx.save_for_backward((codes >= 0) & (codes <= highest), gain)
+        return torch.minimum(codes.clamp_(min=0), highest).sub_(zero).mul_(step * gain)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
-        return grads[0] * ctx.saved_tensors[0], None, None, None
+        inside, gain = ctx.saved_tensors
+        return grads[0] * inside * gain, None, None, None, None
 
 
 class Channels(Quantizer):
@@ -111,7 +112,11 @@ class Channels(Quantizer):
         return affine(self.step, 0, self.highest if self.allocate else 2**self.asked - 1, self.zero)
 
     def quantize(self, x: Tensor) -> Tensor:
-        return _OnGrid.apply(x, self.step, self.zero, self.highest)  # type: ignore[no-any-return, no-untyped-call]
+        return self._stretched(x, torch.ones_like(self.step))
+
+    def _stretched(self, x: Tensor, gain: Tensor) -> Tensor:
+        """With steps `gain` times as long behind the codes."""
+        return _OnGrid.apply(x, self.step, self.zero, self.highest, gain)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class Weight(Channels):
@@ -160,8 +165,9 @@ class Weight(Channels):
         return affine(self.step * self.gain, 0, found.hi, self.zero, view=self.view, offset=offset)
 
     def quantize(self, x: Tensor) -> Tensor:
-        hat = super().quantize(x.reshape(self.view))
-        return (hat * self.gain + self.offset if self.correct else hat).reshape(x.shape)
+        rows = x.reshape(self.view)
+        hat = self._stretched(rows, self.gain) + self.offset if self.correct else super().quantize(rows)
+        return hat.reshape(x.shape)
 
 
 class Activation(Channels):

@@ -115,6 +115,8 @@ def test_a_run_tells_how_many(tmp_path: Path) -> None:
     lines: list[str] = []
     report.tell(tmp_path, result, lines.append)
     assert not any("float inputs" in line for line in lines)  # a run of before it was counted
-    (tmp_path / "manifest.json").write_text('{"weights": {}, "float_inputs": {"conv1": "kept", "fc": "kept"}, "layers": 20}')
+    (tmp_path / "manifest.json").write_text(
+        '{"weights": {}, "float_inputs": {"conv1": "kept", "fc": "kept"}, "layers": 20}'
+    )
     report.tell(tmp_path, result, lines.append)
     assert [line.split()[2:5] for line in lines if "float inputs" in line] == [["2", "of", "20"]]
