@@ -1,5 +1,6 @@
 """What every method promises, tried on every YAML in conf/method; a new method is tested without a new line here."""
 
+import json
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -215,6 +216,7 @@ def test_bits_mean_levels(name: str, w_bits: float, a_bits: float, tmp_path: Pat
     case.model.eval()  # a grid is that of evaluation
     layers = weight_layers(case.model)
     manifest = surgery.manifest(case.model, case.kept)
+    assert json.loads(json.dumps(manifest, allow_nan=False))["size"]["bytes"] > 0  # a run writes it
     assert set(manifest["weights"]) == {n for n, _ in case.model.named_parameters()}
     for entry in manifest["weights"].values():
         assert ("quantizer" in entry) + ("why" in entry) + ("part_of" in entry) == 1

@@ -94,14 +94,19 @@ HYDRA = {
 
 # What some options of methods take in place of a number.
 WORDS: dict[str, tuple[str, ...]] = {
+    "apot.input_alpha": (),
     "binaryconnect.h": ("glorot",),
     "binaryconnect.update_scale": ("glorot", "glorot_squared"),
     "bnn.h": ("glorot",),
     "bnn.update_scale": ("glorot", "glorot_squared"),
+    "dsq.alpha_decay": ("same",),
     "flexor.alpha": ("he",),
     "flexor.s_warmup": ("lr",),
+    "hwgq.positive": (),
     "lsq.step_decay": ("same",),
     "pact.alpha": (),
+    "pact_sawb.alpha": (),
+    "qil.gradient_scale": ("lsq",),
     "ttq.scale_decay": ("same",),
 }
 

@@ -57,12 +57,12 @@ def test_each_option_of_a_run_counts_or_is_named_as_one_that_does_not() -> None:
 
 
 def test_a_class_counts_by_its_own_name() -> None:
-    assert class_name("qbench.methods.pact.PACT") == "PACT"
+    assert class_name("qbench.methods.shared.pact.PACT") == "PACT"
     assert class_name("torch.nn.Identity") == "torch.Identity"
     assert class_name("mypkg.quantizers.deep.Mine") == "mypkg.Mine"
     assert class_name("adam") == "adam"
     config = row("method=pact", "train.optimizer=torch.optim.SGD")
-    text = yaml.safe_dump(config).replace("qbench.methods.pact.PACT", "qbench.elsewhere.PACT")
+    text = yaml.safe_dump(config).replace("qbench.methods.shared.pact.PACT", "qbench.elsewhere.PACT")
     text = text.replace("qbench.models.tiny.Tiny", "qbench.nets.Tiny")
     assert "qbench.elsewhere" in text
     assert "qbench.nets" in text
@@ -127,7 +127,8 @@ def test_classes_of_old_runs_are_where_the_table_says() -> None:
             import_module(old)
     assert today("qbench.quantizers.FixedPoint") == "qbench.quant.fixed_point.FixedPoint"
     assert today("qbench.quantizers.DoReFaWeight") == "qbench.methods.shared.dorefa_weight.DoReFaWeight"
-    assert today("qbench.methods.pact.PACT") == "qbench.methods.pact.PACT"
+    assert today("qbench.methods.pact.PACT") == "qbench.methods.shared.pact.PACT"
+    assert today("qbench.methods.wage.WageWeight") == "qbench.methods.wage.WageWeight"
 
 
 def test_learned_bits_stand_in_the_name() -> None:

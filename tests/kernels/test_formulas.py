@@ -14,11 +14,11 @@ from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 from qbench import kernels
-from qbench.methods.dorefa import DoReFaActivation
-from qbench.methods.pact import PACT
 from qbench.methods.shared.binary import Sign
+from qbench.methods.shared.dorefa_activation import DoReFaActivation
 from qbench.methods.shared.dorefa_weight import DoReFaWeight
 from qbench.methods.shared.lsq import LSQ
+from qbench.methods.shared.pact import PACT
 from qbench.models.mobilenet import MobileNetV2
 from qbench.quant import quantizer
 from qbench.quant.layers import QuantLayer, quantized_weights

@@ -18,13 +18,13 @@ from qbench.kernels.functions import fused
 from qbench.kernels.fuse import RELUS
 from qbench.methods.bethge import SignWeight
 from qbench.methods.bnn import BinaryActivation
-from qbench.methods.dorefa import DoReFaActivation
 from qbench.methods.irnet import LibraWeight
-from qbench.methods.pact import PACT
 from qbench.methods.reactnet import RPReLU, RSign
 from qbench.methods.shared.binary import BinaryWeight, HardTanh, Sign
+from qbench.methods.shared.dorefa_activation import DoReFaActivation
 from qbench.methods.shared.dorefa_weight import DoReFaWeight
 from qbench.methods.shared.lsq import LSQ
+from qbench.methods.shared.pact import PACT
 from qbench.methods.xnor import XnorLayer
 from qbench.models.mobilenet import MobileNetV2
 from qbench.models.resnet import ResNetCIFAR

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from qbench.methods.dorefa import DoReFaActivation, DoReFaError
+from qbench.methods.dorefa import DoReFaError
+from qbench.methods.shared.dorefa_activation import DoReFaActivation
 from qbench.methods.shared.dorefa_weight import DoReFaWeight
 from qbench.models.tiny import Tiny
 from qbench.quant.layers import QuantLayer

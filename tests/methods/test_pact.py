@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from qbench.methods.pact import PACT, SMALLEST
 from qbench.methods.shared.dorefa_weight import DoReFaWeight
+from qbench.methods.shared.pact import PACT, SMALLEST
 from qbench.models.resnet import ResNetCIFAR
 from qbench.quant.layers import QuantLayer
 from qbench.quant.method import Rule

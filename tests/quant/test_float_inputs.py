@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from qbench.config import resolve
 from qbench.figures import report
-from qbench.methods.pact import PACT
+from qbench.methods.shared.pact import PACT
 from qbench.models.mobilenet import MobileNetV2
 from qbench.models.resnet import ResNetCIFAR
 from qbench.quant import surgery

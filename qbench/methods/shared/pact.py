@@ -1,4 +1,4 @@
-"""PACT: Parameterized Clipping Activation for Quantized Neural Networks (arXiv 1805.06085)."""
+"""PACT: Parameterized Clipping Activation for Quantized Neural Networks (arXiv 1805.06085); PACT-SAWB's, too."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from qbench.methods.shared.sample import Sample
 from qbench.quant import ops
 from qbench.quant.grid import Affine, affine
 from qbench.quant.quantizer import Kernel, Rectifier, check_bits
@@ -76,23 +77,20 @@ class PACT(Rectifier):
             raise ValueError(f"alpha must be above 0, got {alpha}")
         self.calibrated = alpha is None and init != "scratch"
         self.alpha = nn.Parameter(torch.tensor(PAPER if alpha is None else float(alpha)))
-        self._sample: list[Tensor] = []
+        self._sample = Sample()
 
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:
-        """Keep about 16384 values of the batch, an odd stride apart so that no row or column is favoured."""
         super().calibrate(x)
         if self.calibrated:
-            self._sample.append(x.flatten()[:: (x.numel() >> 14) | 1].float())
+            self._sample.add(x)
 
     @torch.no_grad()
     def finish_calibration(self) -> None:
         """Set alpha to the one of 64 fractions of the largest value that leaves the least squared error."""
-        if not self._sample:
+        if (x := self._sample.take()) is None:
             return
-        x = torch.cat(self._sample)
         x = x if self.signed else x.relu()
-        self._sample = []
         if (largest := x.abs().max()) > 0:  # else no image excites this layer, and the paper's value stays
             tries = largest * torch.linspace(1 / 64, 1, 64, device=x.device)
             errors = [(self._at(x, a) - x).square_().sum() for a in tries]
