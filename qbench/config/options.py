@@ -169,6 +169,8 @@ def check_method(method: str, options: Mapping[str, Any]) -> None:
         words = WORDS.get(f"{method}.{name}")
         if isinstance(default, bool):
             kind = truth()
+        elif isinstance(default, Mapping):
+            kind = Kind("a mapping", lambda x: isinstance(x, Mapping))
         elif isinstance(default, int):
             kind = Kind("a whole number", lambda x: is_number(x) and float(x).is_integer(), null=True)
         elif isinstance(default, float) or words is not None:
