@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from qbench.cli import overrides
+from qbench.cli import overrides, sweep
 from qbench.config import catalog
 from qbench.errors import UserError
 from qbench.figures import report
@@ -89,7 +89,7 @@ def test_a_note_that_is_damaged_or_lost_is_a_run_that_failed(
     assert sweep.table(tmp_path) == 1
     said = capsys.readouterr()
     assert "00000.json is corrupt" in said.err
-    assert "run 3: it has left no note" in said.err
+    assert "run 3: it has left no 00002.json" in said.err
     assert "3 runs: 0 done (0 of them before), 2 failed, 0 not applicable, 1 planned" in said.out
 
 
