@@ -123,3 +123,17 @@ def test_the_state_of_an_optimizer_is_checked(change: Any, said: str) -> None:
 def test_what_a_quantizer_keeps_beside_tensors_is_checked(state: Any) -> None:
     with pytest.raises((ValueError, KeyError, TypeError)):
         LSQ(nn.Linear(3, 2), "weight", bits=4).set_extra_state(state)
+
+
+def test_a_checkpoint_is_checked_before_anything_is_made_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.save(path, {**WHOLE, "records": torch.zeros(3)})
+    with pytest.raises(UserError, match=r"checkpoint\.pt does not belong to this run: records must be"):
+        checkpoint.load_unfinished(path)
+    checkpoint.save(path, WHOLE)
+    assert checkpoint.load_unfinished(path)["step"] == 10
+    for cut in (1, 30, 60):  # of the hash
+        checkpoint.save(path, WHOLE)
+        path.write_bytes(path.read_bytes()[:-cut])
+        with pytest.raises(UserError, match="its hash differs"):
+            checkpoint.load(path)
