@@ -82,7 +82,8 @@ MODEL: dict[str, Kind] = {
     "padding": whole(0),
     "shortcut": one_of("A", "B"),
     **dict.fromkeys(
-        ("preactivation", "shortcut_per_conv", "raw_shortcut", "final_norm", "batch_norm"), truth(null=True)
+        ("preactivation", "shortcut_per_conv", "raw_shortcut", "final_norm", "batch_norm", "pool_first"),
+        truth(null=True),
     ),
     **dict.fromkeys(("dropout", "dropout_in"), number(0, 1, below=True, null=True)),
 }

@@ -30,6 +30,7 @@ SHAPE: dict[str, Any] = {
     "optimizer": [{"state": dict, "param_groups": [dict]}],
     "randoms": [{"global": dict, "own": torch.Tensor}],
     **dict.fromkeys(("kernels?", "records_sha256?"), (str, type(None))),
+    "makers?": [{"step": int, **dict.fromkeys(("code", "torch", "device"), str), "threads?": (int, type(None))}],
     "telemetry?": Each(torch.Tensor),
     "outcome": {
         **dict.fromkeys(("accuracy_last", "accuracy_best", "epoch_best"), OPEN),
