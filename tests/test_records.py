@@ -15,6 +15,7 @@ from qbench.records import (
     opened,
     read_before,
     read_config,
+    read_manifest,
     read_metrics,
     read_notes,
     read_result,
@@ -164,6 +165,16 @@ def test_the_accuracy_before_training(tmp_path: Path) -> None:
         (tmp_path / "before.json").write_text(content)
         with pytest.raises(UserError, match=r"before\.json is corrupt"):
             read_before(tmp_path)
+
+
+def test_what_a_run_has_written_must_be_there(run: Path) -> None:
+    assert read_manifest(run) == {}, "older runs have none"
+    (run / "metrics.jsonl").unlink()
+    with pytest.raises(UserError, match=r"metrics\.jsonl is missing, though the run has written it"):
+        read_metrics(run)
+    (run / "manifest.json").write_text('{"weights": {}, "layers": "many"}')
+    with pytest.raises(UserError, match=r"manifest\.json is corrupt \(layers must be a whole number"):
+        read_manifest(run)
 
 
 def test_a_parent_that_was_not_trained_is_none() -> None:

@@ -171,7 +171,7 @@ def measure(s: Setting) -> list[dict[str, Any]]:
     facts = {**machine(), "threads": threads}
     chosen = {n: job for n, job in jobs(s).items() if s.wants(n) or (n.endswith("*") and _inside(n, s.only))}
     if not chosen:
-        raise UserError(f"nothing is called {', '.join(s.only)}; there is: {', '.join(jobs(s))}")
+        raise UserError(f"nothing is called {','.join(s.only)}; there is: {', '.join(jobs(s))}")
     use_kernels("torch")  # a method's own measurement switches them on
     s.say(f"{facts['cpu']}, {facts['cores']} cores, {threads} threads, torch {facts['torch']}\n")
     s.say(f"{'':<27}{'mode':<22}{'ratio':>7}{'ms':>10}{'images/s':>10}   relative to")

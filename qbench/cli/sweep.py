@@ -201,8 +201,8 @@ def table(folder: Path) -> int:
     notes = [read_note(path) for path in sorted(folder.glob("*.json"))]
     for begun in sorted(folder.glob("*.begun")):
         if not begun.with_suffix(".json").exists():
-            state = "stopped" if sweep_stopped() else "failed"
-            notes.append({**_nothing([f"run {int(begun.stem) + 1}"]), "status": state, "error": "it has left no note"})
+            why = {"status": "stopped" if sweep_stopped() else "failed", "error": f"it has left no {begun.stem}.json"}
+            notes.append({**_nothing([f"run {int(begun.stem) + 1}"]), **why})
     results = [n["result"] for n in notes if n["status"] == "done"]
     others = [[*n["cells"], "", "", n["status"]] for n in notes if n["status"] != "done"]
     say("")

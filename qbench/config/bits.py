@@ -62,7 +62,7 @@ def resolve(method: Mapping[str, Any], bits: Any, w_bits: Any, a_bits: Any) -> t
     out = []
     for site, value, spec, asked in (("w", w, method["w_bits"], True), ("a", a, method["a_bits"], slashed)):
         if value is None or (not asked and list(spec.get("only", [])) == [FLOAT]):
-            value = spec["default"]
+            value = number(f"the default {site}_bits of method={method['name']}", spec["default"])
         if not allows(spec, value):
             what = "weights" if site == "w" else "activations"
             raise UserError(

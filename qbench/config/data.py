@@ -65,7 +65,10 @@ OPTIONS: dict[str, Option] = {
 }
 _WORKERS: Option = (_or_null(_whole(0, 256)), "null or a whole number from 0 to 256")
 OWN: dict[str, dict[str, Option]] = {  # of one data set alone
-    "synthetic": {
+    "synthetic": {  # nothing is read off images here
+        "channels": (_whole(1, 64), "a positive whole number (at most 64)"),
+        "classes": (_whole(1, 1_000_000), "a positive whole number (at most 1,000,000)"),
+        "size": (_whole(1, 4096), "a positive whole number (at most 4096)"),
         "train_size": _COUNT,
         "test_size": _COUNT,
         "seed": _SEED,
@@ -93,4 +96,5 @@ def check(name: str, config: Mapping[str, Any]) -> None:
             raise UserError(f"dataset.{key} must be {words}, got {value!r}")
 
 
-KINDS = {f"dataset.{k}": Kind(words, fits) for part in (OPTIONS, *OWN.values()) for k, (fits, words) in part.items()}
+# Whatever the data set is; one by its name may be narrower (`check`).
+KINDS = {f"dataset.{k}": Kind(words, fits) for part in (*OWN.values(), OPTIONS) for k, (fits, words) in part.items()}

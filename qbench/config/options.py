@@ -82,7 +82,8 @@ MODEL: dict[str, Kind] = {
     "padding": whole(0),
     "shortcut": one_of("A", "B"),
     **dict.fromkeys(
-        ("preactivation", "shortcut_per_conv", "raw_shortcut", "final_norm", "batch_norm"), truth(null=True)
+        ("preactivation", "shortcut_per_conv", "raw_shortcut", "final_norm", "batch_norm", "pool_first"),
+        truth(null=True),
     ),
     **dict.fromkeys(("dropout", "dropout_in"), number(0, 1, below=True, null=True)),
 }
@@ -169,6 +170,8 @@ def check_method(method: str, options: Mapping[str, Any]) -> None:
         words = WORDS.get(f"{method}.{name}")
         if isinstance(default, bool):
             kind = truth()
+        elif isinstance(default, Mapping):
+            kind = Kind("a mapping", lambda x: isinstance(x, Mapping))
         elif isinstance(default, int):
             kind = Kind("a whole number", lambda x: is_number(x) and float(x).is_integer(), null=True)
         elif isinstance(default, float) or words is not None:

@@ -5,6 +5,7 @@ about the order of rows, what to plot, and what it costs. CONTRIBUTING.md descri
 """
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
@@ -176,8 +177,8 @@ def _card(name: str, content: Any) -> Card:
         figure=Figure(**content.get("figure", {})),
         cost={k: _text(f"cost.{k}", v) for k, v in content["cost"].items()},
         **{k: _text(k, content[k]) for k in ("title", "paper", "where", "metric", "report", "arxiv")},
-        tolerance=float(content["tolerance"]),
-        noise=float(content.get("noise", 0.0)),
+        tolerance=_number("tolerance", content["tolerance"]),
+        noise=_number("noise", content.get("noise", 0.0)),
     )
     _check(card, content.get("published"))
     return card
@@ -257,7 +258,18 @@ def _row(card: Mapping[str, Any], row: Mapping[str, Any]) -> Row:
 
 
 def _float(row: Mapping[str, Any], name: str) -> float | None:
-    return None if row.get(name) is None else float(row[name])
+    return None if row.get(name) is None else _number(name, row[name])
+
+
+def _number(name: str, value: Any) -> float:
+    """A finite number, also where YAML takes it for a text (1e-3). Errors: ValueError."""
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (OverflowError, TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be a number, got {value!r:.40}")
+    return number
 
 
 def _merged(common: str | None, own: str | None) -> tuple[str, ...]:

@@ -24,11 +24,13 @@ MARK = b"sha256:"  # in the comment of the zip archive that torch.save makes: an
 # Of an unfinished run.
 SHAPE: dict[str, Any] = {
     "step": int,
+    "records?": (int, type(None)),
     "stage": [int],
     **dict.fromkeys(("model", "hooks"), dict),
     "optimizer": [{"state": dict, "param_groups": [dict]}],
     "randoms": [{"global": dict, "own": torch.Tensor}],
     **dict.fromkeys(("kernels?", "records_sha256?"), (str, type(None))),
+    "makers?": [{"step": int, **dict.fromkeys(("code", "torch", "device"), str), "threads?": (int, type(None))}],
     "telemetry?": Each(torch.Tensor),
     "outcome": {
         **dict.fromkeys(("accuracy_last", "accuracy_best", "epoch_best"), OPEN),
@@ -69,7 +71,8 @@ def load(path: Path) -> Any:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     inner, mark, noted = data.rpartition(MARK)
-    whole = not (mark and len(noted) == 64) or hashlib.sha256(inner[:-2] + b"\0\0").hexdigest().encode() == noted
+    # more bytes behind it: it stands there by chance; fewer: the hash is cut off
+    whole = not mark or len(noted) > 64 or hashlib.sha256(inner[:-2] + b"\0\0").hexdigest().encode() == noted
     try:
         if not whole:
             raise ValueError("it is not what was written: its hash differs")
@@ -133,16 +136,26 @@ def sha256_of(state: Mapping[str, Any]) -> str:
     return sha.hexdigest()
 
 
+def load_unfinished(path: Path) -> dict[str, Any]:
+    """The checkpoint of an unfinished run.
+
+    Errors: UserError naming the file, and the field that no run has written so.
+    """
+    content = load(path)
+    with belonging(path, content, None):
+        return dict(content)
+
+
 @contextmanager
-def belonging(path: Path, content: Any, total: int) -> Iterator[dict[str, Any]]:
-    """The content of the checkpoint of a run of `total` steps, while it is put back.
+def belonging(path: Path, content: Any, total: int | None) -> Iterator[dict[str, Any]]:
+    """The content of the checkpoint of a run of `total` steps (None: not known), while it is put back.
 
     Errors: UserError where it lacks something, does not fit, or is of a step that the run has not.
     """
     try:
         check(content, SHAPE)
         step = content["step"]
-        if not 0 <= step <= total:
+        if step < 0 or (total is not None and step > total):
             raise ValueError(f"it is of step {step}, the run has {total}")
         yield content
     except (KeyError, RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:

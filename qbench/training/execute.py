@@ -160,7 +160,7 @@ def start_weights(run: Run, model: nn.Module, place: torch.device, screen: Scree
 
 def _compute(run: Run, screen: Screen) -> dict[str, Any]:
     path = run.folder / home.CHECKPOINT
-    kept = checkpoint.load(path) if path.is_file() else None
+    kept = checkpoint.load_unfinished(path) if path.is_file() else None
     with ExitStack() as opened:
         return _train(run, kept, screen, opened)
 

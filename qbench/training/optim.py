@@ -195,8 +195,9 @@ def load_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
     optimizer.load_state_dict({**saved, "param_groups": groups})
     for p, state in optimizer.state.items():
         for k, v in state.items():
-            fits = torch.broadcast_shapes(v.shape, p.shape) == p.shape if isinstance(v, Tensor) else is_number(v)
-            if not fits:
+            sizes = zip(reversed(v.shape), reversed(p.shape), strict=False) if isinstance(v, Tensor) else ()
+            fits = v.ndim <= p.ndim if isinstance(v, Tensor) else is_number(v)
+            if not fits or any(mine not in (1, its) for mine, its in sizes):
                 raise ValueError(f"{k} of a parameter of shape {list(p.shape)} does not fit")
     _start_momentum(optimizer)
 

@@ -102,8 +102,9 @@ def tensor(data: bytes, chance: random.Random) -> tuple[bytes | None, str]:
 def _change(content: Any, chance: random.Random, types: bool = False) -> str:
     """Change a field of `content`, or drop one; with `types` one gets a value of another kind."""
     nodes = [content]
-    for node in nodes:  # grows while it is read
-        nodes += [v for v in (node.values() if isinstance(node, dict) else node) if isinstance(v, dict | list) and v]
+    for node in nodes:  # grows while it is read; what a configuration may hold, and so an identity, has any type
+        inner = [v for k, v in node.items() if k != "identity" or not types] if isinstance(node, dict) else node
+        nodes += [v for v in inner if isinstance(v, dict | list) and v]
     node = chance.choice([n for n in nodes if n])
     key = chance.choice([*node] if isinstance(node, dict) else range(len(node)))
     if not types and chance.random() < 0.25:

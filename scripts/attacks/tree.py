@@ -25,7 +25,7 @@ from qbench.config import catalog
 from qbench.files import atomic_write
 from qbench.kernels import build
 from qbench.papers import cards, pages
-from qbench.papers.study import Ask, Study
+from qbench.papers.study import Ask, Study, composed
 from qbench.records import read_notes, read_result
 from qbench.training.recorder import Recorder
 
@@ -116,7 +116,7 @@ def study() -> int:
     card = cards.read(Path("s/toy.yaml"))
     asked = Study(card, Ask(budget="smoke", out="s/o", results=Path("s/r"), draw=True, places=PLACES), resolve_row)
     asked.collect(card.runs)
-    print(pages.page(card, asked.kept, read_notes(asked.folder)))
+    print(pages.page(card, asked.kept, composed(resolve_row), read_notes(asked.folder)))
     atomic_write(asked.folder / "results.json", asked.kept.text())
     return 0
 

@@ -43,7 +43,7 @@ def test_acts_take_turns_and_ratios_are_taken_round_by_round() -> None:
 def test_quick_benchmark_writes_a_list_of_entries(cli: Cli, tmp_path: Path) -> None:
     said = cli("bench", "quick=true", "only=step/pact,step/ls?,data/augment", "rounds=1", "threads=1", "out=o")
     assert said.status == 0, said.err
-    entries = json.loads((tmp_path / "o" / "bench.json").read_text())
+    entries = command.read(tmp_path / "o" / "bench.json")
     assert isinstance(entries, list)
     steps = {(e["name"], e["mode"].partition("/")[0]) for e in entries if e["name"].startswith("step/")}
     assert steps == {(f"step/{m}", p) for m in ("pact", "lsq") for p in ("fp32", "bf16")}
@@ -57,7 +57,7 @@ def test_quick_benchmark_writes_a_list_of_entries(cli: Cli, tmp_path: Path) -> N
     assert next(e["images_per_s"] for e in entries if e["name"] == "data/augment") > 0
     # What is measured again replaces what was there; the rest stays.
     assert cli("bench", "quick=true", "only=step/pact", "rounds=1", "precision=fp32", "out=o").status == 0
-    again = json.loads((tmp_path / "o" / "bench.json").read_text())
+    again = command.read(tmp_path / "o" / "bench.json")
     assert len(again) == len(entries)
     assert [e for e in again if e["name"] != "step/pact"] == [e for e in entries if e["name"] != "step/pact"]
 
@@ -66,6 +66,8 @@ def test_quick_benchmark_writes_a_list_of_entries(cli: Cli, tmp_path: Path) -> N
     ("words", "message"),
     [
         (("only=step/pct",), "nothing is called step/pct"),
+        (("threads=" + "9" * 30,), "threads must be a whole number in 1..1024"),
+        (("check", "margin=nan"), "margin must be a number of at least 0, got nan"),
         (("rounds=0",), "rounds must be a whole number in 1..1000, got 0"),
         (("quick=yes",), "quick must be true or false, got 'yes'"),
         (("model=resnet21",), "resnet20"),
@@ -111,7 +113,7 @@ def test_the_check_fails_on_a_doctored_file(cli: Cli, tmp_path: Path) -> None:
     words = ("quick=true", "only=memory/pact,step/pact", "rounds=1", "precision=fp32", "threads=1")
     assert cli("bench", *words, "out=o").status == 0
     path = tmp_path / "o" / "bench.json"
-    entries = {e["name"]: e for e in json.loads(path.read_text())}
+    entries = {e["name"]: e for e in command.read(path)}
     doctored = {"memory/pact": 1.0, "step/pact": 1e-3}  # honest bytes; a time that no step takes
     path.write_text(json.dumps([{**e, "ratio": e["ratio"] * doctored[n]} for n, e in entries.items()]))
     said = cli("bench", "check", f"against={path}", *words)
@@ -122,6 +124,19 @@ def test_the_check_fails_on_a_doctored_file(cli: Cli, tmp_path: Path) -> None:
     assert line.split()[:2] == ["step/pact", f"{entries['step/pact']['mode']}:"]
     assert "Traceback" not in said.out + said.err
     assert cli("bench", "check", f"against={path}", *words, "margin=1e9").status == 0
+
+
+def test_a_bench_file_is_what_was_written(tmp_path: Path) -> None:
+    command.write(tmp_path, [entry(), entry("data/augment")])
+    path = tmp_path / "bench.json"
+    whole = path.read_text()
+    assert [e["name"] for e in command.read(path)] == ["data/augment", "step/pact"]
+    for content in (whole.replace("1.5", "1.6"), whole[:-9], "[]]", "[5]", json.dumps([entry(value=0.0)])):
+        path.write_text(content)
+        with pytest.raises(UserError, match=r"bench\.json is corrupt.*delete its line 'checksum'"):
+            command.read(path)
+    path.write_text(json.dumps([entry()]))  # as it once was
+    assert len(command.read(path)) == 1
 
 
 def test_peak_memory_counts_what_is_held_at_once() -> None:

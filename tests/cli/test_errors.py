@@ -91,6 +91,19 @@ WORDS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("~seed",), ("~seed", "taken away")),
     (("+method.rules=[{match: '*', keep: x}]",), ("take the place of every rule", "--config-dir")),
     (("train.milestones=" + "[" * 50000,), ("cannot read the command line",)),
+    (("seed=" + "9" * 5000,), ("cannot read the command line at 'seed=999", "4300 digits")),
+    (("train.lr=" + "9" * 400,), ("train.lr", "at least 0")),
+    (("train.warmup=[,]",), ("cannot read the command line at 'train.warmup=[,]'",)),
+    (("init=",), ("init=", "neither 'scratch' nor 'float'")),
+    (("model.width=-",), ("model.width", "a number above 0", "got '-'")),
+    (("model=resnet20", "model.preactivation=abc"), ("model.preactivation", "true or false", "got 'abc'")),
+    (("method=inq", "options.of_bits=5"), ("options.of_bits", "a mapping", "got 5")),
+    (("dataset.augment=flop",), ("dataset.augment", "crop_flip", "got 'flop'")),
+    (("+hydra.lcuncher.n_jobs=2",), ("'hydra.lcuncher'", "Did you mean 'hydra.launcher'?")),
+    (("dataset.size=null",), ("dataset.size", "a positive whole number", "got None")),
+    (("-m", "dataset.noise=1,-1"), ("dataset.noise", "a number from 0", "got -1")),
+    (("-m", "options.alpha=1,abc"), ("options.alpha", "a number", "got 'abc'")),
+    (("-m", "options.alpha=interval(1,2)"), ("options.alpha=interval(1,2)", "a sweeper that searches")),
     (("-m", "bits=8,eight"), ("bits", "got 'eight'", "a number such as 4")),
     (("-m", "bits=interval(2,4)"), ("bits=interval(2,4)", "name the widths", "bits=2,3,4")),
     (("-m", "bits=range(4,2)"), ("bits=range(4,2)", "fits nothing")),
@@ -155,6 +168,10 @@ def test_a_folder_of_own_configuration_switches_no_check_off(tiny: Cli, tmp_path
     refused(tiny(*words[:1], "model=narow"), "'narow'", "Did you mean 'narrow'?", "resnet20")
     refused(tiny(*words, "seed=-1"), "seed", "at least 0")
     refused(tiny("--config-dir=nowhere", "seed=0"), "--config-dir", "no folder nowhere")
+    for content, why in ((b"name: [", "expected the node content"), (b"name: \xa0\n", "can't decode byte")):
+        (tmp_path / "mine" / "model" / "odd.yaml").write_bytes(content)
+        refused(tiny("--config-dir=mine", "model=odd"), "odd.yaml is corrupt", why, "--config-dir")
+    (tmp_path / "mine" / "model" / "odd.yaml").unlink()
     (tmp_path / "mine" / "model" / "deep.yaml").write_text("name: " + "[" * 200_000)
     refused(tiny("--config-dir=mine", "model=deep"), "deep.yaml is corrupt", "deep in each other")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from qbench.cli import overrides
+from qbench.cli import overrides, sweep
 from qbench.config import catalog
 from qbench.errors import UserError
 from qbench.figures import report
@@ -64,10 +64,33 @@ def test_a_cell_that_a_method_does_not_have_is_a_row_of_its_own(tiny: Cli) -> No
 
 
 def test_bits_that_no_wiring_of_flexor_gives_are_a_row_of_their_own(tiny: Cli) -> None:
-    said = tiny("-m", "method=flexor", "bits=0.33", "out=o")
+    said = tiny("-m", "method=flexor", "bits=0.33,0.3", "plan=true", "out=o")
     assert said.status == 0, said.err
-    assert "1 runs: 0 done (0 of them before), 0 failed, 1 not applicable" in said.out
+    assert "2 runs: 0 done (0 of them before), 0 failed, 1 not applicable, 1 planned" in said.out
     assert "n/a: method=flexor: w_bits=0.33 needs n_in" in said.out
+
+
+def test_a_sweep_of_which_nothing_is_applicable_has_failed(tiny: Cli) -> None:
+    said = tiny("-m", "method=flexor", "bits=0.33", "out=o")
+    assert said.status == 2
+    assert "nothing of the sweep is applicable: method=flexor: w_bits=0.33 needs n_in" in said.err
+
+
+def test_a_note_that_is_damaged_or_lost_is_a_run_that_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("QBENCH_SWEEP", str(tmp_path))
+    for number in range(3):
+        cell = sweep.Cell.begin(number, ["method=pact", "bits=4"])
+        if number < 2:
+            cell.end({"overrides": ["method=pact"], "cells": ["pact"] * 5, "out": "o", "status": "planned"})
+    path = tmp_path / "00000.json"
+    path.write_text(path.read_text().replace("planned", "n/a"))
+    assert sweep.table(tmp_path) == 1
+    said = capsys.readouterr()
+    assert "00000.json is corrupt" in said.err
+    assert "run 3: it has left no 00002.json" in said.err
+    assert "3 runs: 0 done (0 of them before), 2 failed, 0 not applicable, 1 planned" in said.out
 
 
 def test_an_option_that_some_methods_lack_leaves_the_others_alone(tiny: Cli, tmp_path: Path) -> None:
@@ -83,7 +106,9 @@ def test_an_option_that_some_methods_lack_leaves_the_others_alone(tiny: Cli, tmp
 
 
 def test_intervals_and_patterns_are_checked_too() -> None:
-    overrides.check(["method=pact", "train.lr=interval(0.001,0.1)"], sweep=True)
+    overrides.check(["method=pact", "train.lr=interval(0.001,0.1)", "hydra/sweeper=basic"], sweep=True)
+    with pytest.raises(UserError, match=r"train\.lr=interval\(0\.001,0\.1\) is for a sweeper that searches"):
+        overrides.check(["method=pact", "train.lr=interval(0.001,0.1)"], sweep=True)
     overrides.check(["method=glob(*nor)", "bits=1"], sweep=True)
     with pytest.raises(UserError, match="fits nothing"):
         overrides.check(["method=glob(zz*)"], sweep=True)

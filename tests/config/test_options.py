@@ -31,6 +31,18 @@ def test_the_table_is_the_configuration() -> None:
     assert set(FIELDS) == set(KEYS)
 
 
+def test_every_option_of_a_net_is_declared() -> None:
+    for model in catalog.names("model"):
+        node = yaml.safe_load((catalog.conf_folder() / "model" / f"{model}.yaml").read_text())
+        for name in node.keys() - {"name", "_target_", "defaults"}:
+            options.MODEL[name].check(name, node[name])
+
+
+def test_a_number_that_no_float_can_hold_is_refused() -> None:
+    with pytest.raises(UserError, match=r"train\.lr must be a number of at least 0"):
+        options.OPTIONS["train.lr"].check("train.lr", 10**400)
+
+
 @pytest.mark.parametrize("name", sorted(options.OPTIONS))
 def test_no_option_takes_whatever_comes(name: str) -> None:
     for wrong in ("no such word", -1, [[]], {}, float("nan")):

@@ -358,6 +358,15 @@ def test_what_fails_is_noted_and_the_rest_is_drawn(go: Callable[..., Any], tmp_p
     assert states == {"bad": "failed", "float": "trial", "pact": "not run", "dorefa": "not run"}
 
 
+@pytest.mark.parametrize("value", [float("nan"), 10**400, "9" * 400, True, "high"])
+@pytest.mark.parametrize("field", ["tolerance", "published"])
+def test_a_number_of_a_card_is_one(tmp_path: Path, field: str, value: Any) -> None:
+    rows = [{"id": "a", "run": "method=float", "published": 92.0 if field == "tolerance" else value}]
+    changes = {"rows": rows, "claims": None} | ({"tolerance": value} if field == "tolerance" else {})
+    with pytest.raises(UserError, match=f"{field} must be a number"):
+        toy(tmp_path, **changes)
+
+
 def test_a_time_limit_is_that_of_all_cards_and_the_command_goes_on(
     cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from qbench.errors import UserError
+from qbench.methods.shared.lsq import LSQ
 from qbench.training import checkpoint
+from qbench.training.optim import load_state
 
 STATE = {"weight": torch.arange(200.0).reshape(2, 100), "bias": torch.ones(2)}
 
@@ -67,12 +69,71 @@ def test_safetensors(tmp_path: Path) -> None:
         checkpoint.load_weights(net, path)
 
 
-@pytest.mark.parametrize("step", [10**12, -1, True, 2.0, None, "3"])
-def test_a_step_that_the_run_does_not_have(step: Any) -> None:
+OUTCOME = {"accuracy_last": 90.0, "accuracy_best": None, "epoch_best": None, "seconds": 1.0}
+WHOLE: dict[str, Any] = {
+    **{"step": 10, "stage": [0, 10], "model": {}, "hooks": {}, "optimizer": [{"state": {}, "param_groups": [{}]}]},
+    **{"randoms": [{"global": {}, "own": torch.zeros(1)}], "outcome": OUTCOME, "running": [[], torch.tensor(1), 2]},
+}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("step", step) for step in (10**12, -1, True, 2.0, None, "3")),
+        ("stage", [0, None]),
+        ("optimizer", {}),
+        ("randoms", [{"global": {}, "own": 5}]),
+        ("outcome", {**OUTCOME, "seconds": None}),
+        ("running", "none"),
+    ],
+)
+def test_a_field_that_the_run_cannot_have(field: str, value: Any) -> None:
     with (
         pytest.raises(UserError, match=r"c\.pt does not belong to this run"),
-        checkpoint.belonging(Path("c.pt"), {"step": step}, 10),
+        checkpoint.belonging(Path("c.pt"), {**WHOLE, field: value}, 10),
     ):
         pytest.fail("was taken for the run's own")
-    with checkpoint.belonging(Path("c.pt"), {"step": 10}, 10) as content:
-        assert content == {"step": 10}
+    with checkpoint.belonging(Path("c.pt"), WHOLE, 10) as content:
+        assert content == WHOLE
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda s: s["state"][0].update(momentum_buffer=None), "momentum_buffer of a parameter"),
+        (lambda s: s["state"][0].update(momentum_buffer="x"), "momentum_buffer of a parameter"),
+        (lambda s: s["state"][0].update(momentum_buffer=torch.zeros(7)), "momentum_buffer of a parameter"),
+        (lambda s: s["param_groups"][0].update(weight_decay="x"), "weight_decay of a group"),
+        (lambda s: s["param_groups"][0].update(nesterov=None), "nesterov of a group"),
+    ],
+)
+def test_the_state_of_an_optimizer_is_checked(change: Any, said: str) -> None:
+    net = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
+    net(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    saved = optimizer.state_dict()
+    load_state(torch.optim.SGD(net.parameters(), 0.1, momentum=0.9), saved)
+    change(saved)
+    with pytest.raises(ValueError, match=said):
+        load_state(torch.optim.SGD(net.parameters(), 0.1, momentum=0.9), saved)
+
+
+@pytest.mark.parametrize("state", [{"enabled": "x", "signed": True}, {"enabled": None, "signed": True}, {}, 5])
+def test_what_a_quantizer_keeps_beside_tensors_is_checked(state: Any) -> None:
+    with pytest.raises((ValueError, KeyError, TypeError)):
+        LSQ(nn.Linear(3, 2), "weight", bits=4).set_extra_state(state)
+
+
+def test_a_checkpoint_is_checked_before_anything_is_made_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.save(path, {**WHOLE, "records": torch.zeros(3)})
+    with pytest.raises(UserError, match=r"checkpoint\.pt does not belong to this run: records must be"):
+        checkpoint.load_unfinished(path)
+    checkpoint.save(path, WHOLE)
+    assert checkpoint.load_unfinished(path)["step"] == 10
+    for cut in (1, 30, 60):  # of the hash
+        checkpoint.save(path, WHOLE)
+        path.write_bytes(path.read_bytes()[:-cut])
+        with pytest.raises(UserError, match="its hash differs"):
+            checkpoint.load(path)

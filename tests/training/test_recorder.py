@@ -150,3 +150,21 @@ def test_close_twice(tmp_path: Path) -> None:
     recorder.scalars(0, 0.0, loss=1.0)
     recorder.close()
     recorder.close()
+
+
+def test_records_of_an_unfinished_run_are_those_of_its_checkpoint(tmp_path: Path) -> None:
+    with closing(Recorder(tmp_path, tensorboard=False)) as first:
+        for step in range(3):
+            first.scalars(step, step, accuracy=90.0 + step)
+        noted = first.sha256
+        first.scalars(3, 3, accuracy=93.0)  # after the checkpoint
+    again = {"resume_step": 2, "resume_records": 3, "resume_sha256": noted, "tensorboard": False}
+    path = tmp_path / "metrics.jsonl"
+    whole = path.read_text()
+    for damaged in (whole.replace("91", "81"), whole[: whole.index("\n") + 1], ""):
+        path.write_text(damaged)
+        with pytest.raises(UserError, match=r"metrics\.jsonl is corrupt: it is not what the run had written"):
+            Recorder(tmp_path, **again)
+    path.write_text(whole)
+    with closing(Recorder(tmp_path, **again)) as second:
+        assert (second.count, second.sha256) == (3, noted)
