@@ -23,8 +23,8 @@ def parse(bits: Any) -> tuple[float | None, float | None]:
 def number(name: str, value: Any) -> float:
     """`value` as a positive number, whole ones as int."""
     try:
-        x = float(value)
-    except (TypeError, ValueError):
+        x = float("true" if isinstance(value, bool) else value)
+    except (OverflowError, TypeError, ValueError):
         raise UserError(f"{name} must be a number such as 4 or 0.8, got '{value}'") from None
     if not math.isfinite(x) or x <= 0:
         raise UserError(f"{name} must be above 0 (32 means float), got {value}")

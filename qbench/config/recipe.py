@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from qbench.config.kinds import Kind, number, numbers, one_of, truth, whole
+from qbench.config.kinds import Kind, is_number, number, numbers, one_of, truth, whole
 from qbench.errors import UserError, unknown
 
+EXACT = 2**53  # up to which a float has every whole number
 DECAYS = ("all", "weights", "last")
 SCHEDULES = ("constant", "step", "cosine", "linear", "exponential", "onecycle")
 LOSSES = ("cross_entropy", "squared_hinge")
@@ -172,6 +173,8 @@ def merge(parts: Iterable[Mapping[str, Any]]) -> Recipe:
                 continue
             if key in ("epochs", "steps"):
                 merged.pop("steps" if key == "epochs" else "epochs", None)
+            if type(value) is int and abs(value) > EXACT and is_number(value):
+                value = float(value)  # torch has no such integer
             merged[key] = tuple(value) if isinstance(value, (list, tuple)) else value
     return Recipe(**merged)
 

@@ -71,7 +71,7 @@ def synthetic(config: Mapping[str, Any]) -> tuple[Split, Split]:
     def split(count: int) -> Split:
         labels = torch.arange(count) % classes
         noise = torch.from_numpy(random.standard_normal((count, channels, size, size), dtype=np.float32))
-        pixels = 127.5 + 64 * patterns[labels] + 64 * config.get("noise", 1.0) * noise
+        pixels = 127.5 + 64 * patterns[labels] + 64 * float(config.get("noise", 1.0)) * noise
         return Split(pixels.clamp(0, 255).round().to(torch.uint8), labels)
 
     return split(config["train_size"]), split(config["test_size"])

@@ -38,6 +38,13 @@ def test_every_option_of_a_net_is_declared() -> None:
             options.MODEL[name].check(name, node[name])
 
 
+def test_a_whole_number_that_torch_does_not_have_is_a_float() -> None:
+    recipe = merge([{"lr": 10**30, "epochs": 3}])
+    assert (type(recipe.lr), recipe.lr, type(recipe.epochs)) == (float, 1e30, int)
+    with pytest.raises(UserError, match=r"train\.batch_size must be a whole number"):
+        merge([{"batch_size": 10**30, "epochs": 3}])
+
+
 def test_a_number_that_no_float_can_hold_is_refused() -> None:
     with pytest.raises(UserError, match=r"train\.lr must be a number of at least 0"):
         options.OPTIONS["train.lr"].check("train.lr", 10**400)
