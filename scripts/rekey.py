@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qbench.cli.overrides import resolve_row
-from qbench.config.identity import digest, folder_name, identity, parent_of
+from qbench.config.identity import FLOAT_METHOD, digest, folder_name, identity, parent_of
 from qbench.config.recipe import Recipe
 from qbench.errors import UserError
 from qbench.files import atomic_write
@@ -136,7 +136,7 @@ def today(config: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration of an old run as today's code composes it from the same words."""
     method = config["method"]["name"]
     if method == "float":
-        return {"kernels": "auto", **config}
+        return {"kernels": "auto", **config, "method": FLOAT_METHOD}  # as runs ask for their parent
     words = [f"{k}={config[k]}" for k in ("w_bits", "a_bits", "init", "budget", "seed", "protocol")]
     words += [f"method={method}", f"model={config['model']['name']}", f"dataset={config['dataset']['name']}"]
     words += [f"train.precision={config['train']['precision']}", f"parent.precision={config['parent']['precision']}"]

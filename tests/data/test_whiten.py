@@ -49,5 +49,5 @@ def test_a_data_set_is_whitened_by_its_training_images() -> None:
 
 
 def test_an_unknown_preprocessing_is_answered_with_those_there_are() -> None:
-    with pytest.raises(UserError, match=r"dataset\.preprocess must be one of standard, gcn_zca for digits, got 'zca'"):
+    with pytest.raises(UserError, match=r"dataset\.preprocess must be one of standard, gcn_zca, or null, got 'zca'"):
         load({"name": "digits", "mean": [0.3], "std": [0.37], "preprocess": "zca"})
