@@ -100,6 +100,7 @@ WORDS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("method=inq", "options.of_bits=5"), ("options.of_bits", "a mapping", "got 5")),
     (("dataset.augment=flop",), ("dataset.augment", "crop_flip", "got 'flop'")),
     (("+hydra.lcuncher.n_jobs=2",), ("'hydra.lcuncher'", "Did you mean 'hydra.launcher'?")),
+    (("method=recu", "options.tau=null"), ("cannot put the configuration together", "options.tau")),
     (("a_bits=true",), ("a_bits must be a number such as 4", "got 'True'")),
     (("dataset.size=null",), ("dataset.size", "a positive whole number", "got None")),
     (("-m", "dataset.noise=1,-1"), ("dataset.noise", "a number from 0", "got -1")),
