@@ -175,8 +175,9 @@ def check(overrides: Sequence[str], sweep: bool = False, own: Path | None = None
 def _unreadable(own: Path | None, error: Exception) -> UserError:
     """Which file of the user's own configuration cannot be read, and why."""
     for path in sorted(own.rglob("*.yaml")) if own else ():
-        with named(path, "mend it, or take it out of --config-dir"):
-            parsed_yaml(text_of(path), aliases=True)
+        mend = "mend it, or take it out of --config-dir"
+        with named(path, mend):
+            parsed_yaml(text_of(path, mend), aliases=True)
     return UserError(f"cannot read the configuration: {' '.join(str(error).split())[:300]}")
 
 

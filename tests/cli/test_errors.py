@@ -170,7 +170,7 @@ def test_a_folder_of_own_configuration_switches_no_check_off(tiny: Cli, tmp_path
     refused(tiny(*words[:1], "model=narow"), "'narow'", "Did you mean 'narrow'?", "resnet20")
     refused(tiny(*words, "seed=-1"), "seed", "at least 0")
     refused(tiny("--config-dir=nowhere", "seed=0"), "--config-dir", "no folder nowhere")
-    for content, why in ((b"name: [", "expected the node content"), (b"name: \xa0\n", "can't decode byte")):
+    for content, why in ((b"name: [", "node content"), (b"name: \xa0\n", "can't decode byte")):
         (tmp_path / "mine" / "model" / "odd.yaml").write_bytes(content)
         refused(tiny("--config-dir=mine", "model=odd"), "odd.yaml is corrupt", why, "--config-dir")
     (tmp_path / "mine" / "model" / "odd.yaml").unlink()
