@@ -89,7 +89,7 @@ def read_json(path: Path, shape: Any, mend: str = AGAIN) -> Any:
     Errors: UserError naming file and field, and how to `mend` it.
     """
     with named(path, mend):
-        content = opened(parsed(text_of(path)))
+        content = opened(parsed(text_of(path, mend)))
         check(content, shape)
     return content
 
@@ -235,8 +235,11 @@ def _checksum(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def text_of(path: Path) -> str:
-    """The text of a file that is as the run beside it has left it. Errors: UserError naming it."""
+def text_of(path: Path, mend: str = AGAIN) -> str:
+    """The text of a file that is as the run beside it has left it.
+
+    Errors: UserError naming it, and how to `mend` it.
+    """
     if not path.is_file():  # nothing ever comes out of a pipe
         raise UserError(f"{path} is not a file")
     try:
@@ -248,7 +251,7 @@ def text_of(path: Path) -> str:
         noted = _result(beside).get("files", {}).get(path.name)
         if noted not in (None, hashlib.sha256(data).hexdigest()):
             raise UserError(f"{path} is corrupt: it is not what the run has written; {AGAIN}")
-    with named(path):
+    with named(path, mend):
         return data.decode()
 
 

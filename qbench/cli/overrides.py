@@ -156,13 +156,6 @@ def check(overrides: Sequence[str], sweep: bool = False, own: Path | None = None
             raise
     except (YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise _unreadable(own, error) from error
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        if own is None:
-            raise
-        raise UserError(
-            f"the configuration in {own} does not fit together ({type(error).__name__}: {error}); CONTRIBUTING.md "
-            "shows a whole file"
-        ) from error
     except MissingConfigException as error:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         raise unknown(group, name, error.options or ()) from error
@@ -170,13 +163,21 @@ def check(overrides: Sequence[str], sweep: bool = False, own: Path | None = None
         _check_names(plain, groups, methods, own)
         reason = str(error).splitlines()[0]
         raise UserError(f"cannot put the configuration together: {reason}") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        if own is None:
+            raise
+        raise UserError(
+            f"the configuration in {own} does not fit together ({type(error).__name__}: {error}); CONTRIBUTING.md "
+            "shows a whole file"
+        ) from error
 
 
 def _unreadable(own: Path | None, error: Exception) -> UserError:
     """Which file of the user's own configuration cannot be read, and why."""
     for path in sorted(own.rglob("*.yaml")) if own else ():
-        with named(path, "mend it, or take it out of --config-dir"):
-            parsed_yaml(text_of(path), aliases=True)
+        mend = "mend it, or take it out of --config-dir"
+        with named(path, mend):
+            parsed_yaml(text_of(path, mend), aliases=True)
     return UserError(f"cannot read the configuration: {' '.join(str(error).split())[:300]}")
 
 

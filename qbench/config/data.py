@@ -85,7 +85,8 @@ def check(name: str, config: Mapping[str, Any]) -> None:
 
     Errors: UserError naming the option that is unknown or out of range, what was got and what is allowed.
     """
-    options = OPTIONS | OWN.get(name, {})
+    own = OWN.get(name, {})
+    options = OPTIONS | {"augment": _one_of(STREAM_AUGMENTATIONS if "workers" in own else AUGMENTATIONS)} | own
     for key, value in config.items():
         if key in ("name", "description"):
             continue

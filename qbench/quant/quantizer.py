@@ -239,8 +239,14 @@ class Quantizer(nn.Module, ABC):
         return {"enabled": self.enabled}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        if type(state["enabled"]) is not bool:
-            raise ValueError(f"enabled must be true or false, got {state['enabled']!r}")
+        for name, own in self.get_extra_state().items():
+            value = state.get(name, own)
+            truth = isinstance(own, bool)
+            fits = (
+                isinstance(value, bool) if truth else type(value) in (int, float) if type(own) in (int, float) else True
+            )
+            if not fits:
+                raise ValueError(f"{name} is {value!r:.40}, which no quantizer has kept so")
         self.enabled = state["enabled"]
 
     def describe(self) -> dict[str, Any]:

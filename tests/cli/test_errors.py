@@ -100,6 +100,7 @@ WORDS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("method=inq", "options.of_bits=5"), ("options.of_bits", "a mapping", "got 5")),
     (("dataset.augment=flop",), ("dataset.augment", "crop_flip", "got 'flop'")),
     (("+hydra.lcuncher.n_jobs=2",), ("'hydra.lcuncher'", "Did you mean 'hydra.launcher'?")),
+    (("method=recu", "options.tau=null"), ("cannot put the configuration together", "options.tau")),
     (("a_bits=true",), ("a_bits must be a number such as 4", "got 'True'")),
     (("dataset.size=null",), ("dataset.size", "a positive whole number", "got None")),
     (("-m", "dataset.noise=1,-1"), ("dataset.noise", "a number from 0", "got -1")),
@@ -169,7 +170,7 @@ def test_a_folder_of_own_configuration_switches_no_check_off(tiny: Cli, tmp_path
     refused(tiny(*words[:1], "model=narow"), "'narow'", "Did you mean 'narrow'?", "resnet20")
     refused(tiny(*words, "seed=-1"), "seed", "at least 0")
     refused(tiny("--config-dir=nowhere", "seed=0"), "--config-dir", "no folder nowhere")
-    for content, why in ((b"name: [", "expected the node content"), (b"name: \xa0\n", "can't decode byte")):
+    for content, why in ((b"name: [", "node content"), (b"name: \xa0\n", "can't decode byte")):
         (tmp_path / "mine" / "model" / "odd.yaml").write_bytes(content)
         refused(tiny("--config-dir=mine", "model=odd"), "odd.yaml is corrupt", why, "--config-dir")
     (tmp_path / "mine" / "model" / "odd.yaml").unlink()

@@ -96,7 +96,7 @@ def test_an_unreadable_image_is_named_in_one_line(tiny: DataSet, workers: int) -
 def test_what_does_not_fit_is_refused(tiny: DataSet, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"imagenet is missing: looked for .*nowhere/imagenet/train"):
         load(CONFIG | {"name": "imagenet", "root": str(tmp_path / "nowhere")})
-    with pytest.raises(UserError, match="must be one of none, resized_crop_flip for image_stream, got 'crop_flip'"):
+    with pytest.raises(UserError, match="must be one of none, resized_crop_flip, or null, got 'crop_flip'"):
         load(CONFIG | {"root": str(tmp_path), "augment": "crop_flip"})
     with pytest.raises(ValueError, match="augment must be one of none, resized_crop_flip, got 'crop'"):
         make(tiny, augment="crop")

@@ -119,9 +119,12 @@ def test_the_state_of_an_optimizer_is_checked(change: Any, said: str) -> None:
         load_state(torch.optim.SGD(net.parameters(), 0.1, momentum=0.9), saved)
 
 
-@pytest.mark.parametrize("state", [{"enabled": "x", "signed": True}, {"enabled": None, "signed": True}, {}, 5])
+@pytest.mark.parametrize(
+    "state",
+    [{"enabled": "x", "signed": True}, {"enabled": True, "signed": {}}, {"enabled": None, "signed": True}, {}, 5],
+)
 def test_what_a_quantizer_keeps_beside_tensors_is_checked(state: Any) -> None:
-    with pytest.raises((ValueError, KeyError, TypeError)):
+    with pytest.raises((ValueError, KeyError, TypeError, AttributeError)):
         LSQ(nn.Linear(3, 2), "weight", bits=4).set_extra_state(state)
 
 
