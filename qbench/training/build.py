@@ -25,20 +25,21 @@ from qbench.training.captured import Graphs
 from qbench.training.recorder import Recorder
 from qbench.training.trainer import Trainer
 
+WRONG = (ValueError, TypeError, OverflowError)  # what a constructor raises on a value that it cannot take
 FACTORIES = ("rules", "hooks", "stages")  # of a Method; what stands below a rule, or inside a hook or act, is a factory
 
 
 @contextmanager
 def clear_errors(what: str) -> Iterator[None]:
-    """A constructor's ValueError or TypeError, also through Hydra's wrapping, becomes a UserError."""
+    """What a constructor raises on a wrong value, also through Hydra's wrapping, becomes a UserError."""
     try:
         yield
     except InstantiationException as error:
         cause = error.__cause__
-        if cause is None or isinstance(cause, (ValueError, TypeError, UserError, ImportError)):
+        if cause is None or isinstance(cause, (*WRONG, UserError, ImportError)):
             raise UserError(f"{what}: {cause or str(error).splitlines()[0]}") from error
         raise
-    except (ValueError, TypeError) as error:
+    except WRONG as error:
         raise UserError(f"{what}: {error}") from error
 
 
