@@ -171,11 +171,12 @@ def _outline(layer: dict[str, Any]) -> tuple[list[float], list[float]]:
     heights = _density(counts, limits)
     latent = layer["latent"]
     top = max(_density(latent["counts"], edges(latent)) if latent["counts"] else heights)
-    return [height / top for height in heights], limits
+    return [height / (top or 1.0) for height in heights], limits
 
 
 def _density(counts: Sequence[int], limits: Sequence[float]) -> list[float]:
-    return [count / (b - a) for count, (a, b) in zip(counts, pairwise(limits), strict=True)]
+    """Counts by the width of their steps; equal values, or values too near for a float, make steps of no width."""
+    return [count / ((b - a) or 1.0) for count, (a, b) in zip(counts, pairwise(limits), strict=True)]
 
 
 def _draw_values(axes: "Axes", layer: dict[str, Any], look: _Look) -> None:

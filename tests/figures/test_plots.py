@@ -1,5 +1,6 @@
 """The figures: drawn from the files of a run alone, of the promised size, for every kind of run."""
 
+import math
 import subprocess
 import sys
 from contextlib import closing
@@ -244,3 +245,14 @@ def test_nothing_of_this_kind_recorded(tmp_path: Path) -> None:
 def test_importing_plots_does_not_import_matplotlib() -> None:
     code = "import sys, qbench.figures.plots; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_latents_that_are_all_equal_can_be_drawn_beside_many_levels() -> None:
+    """Steps of no width: a layer that has not moved from a constant start."""
+    w = torch.linspace(-1, 1, 2561)[:-1]
+    codes = (128 * w).floor()
+    layer = layer_histogram(torch.full_like(w, 0.25), codes / 128, codes, 256)
+    layer["latent"] = {"counts": [2560], "lo": 0.25, "hi": 0.25}
+    heights, _ = histograms._outline(layer)
+    assert all(math.isfinite(h) for h in heights)
+    assert histograms._density([3, 4], [0.0, 0.0, 2.0]) == [3, 2]
