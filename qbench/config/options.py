@@ -76,7 +76,7 @@ OPTIONS: dict[str, Kind] = {
 }
 # Those of our own nets, whichever of them have it.
 MODEL: dict[str, Kind] = {
-    "width": number(0, above=True),
+    "width": Kind("a number above 0, at most 1000", lambda x: is_number(x) and 0 < x <= 1000),
     "depth": whole(1),
     "hidden": numbers("a list of whole numbers above 0", lambda xs: all(x > 0 and x == int(x) for x in xs)),
     "padding": whole(0),
@@ -166,6 +166,9 @@ def check_size(config: Mapping[str, Any], images: int) -> None:
 
 def check_method(method: str, options: Mapping[str, Any]) -> None:
     """Of the `options` of our own methods that are given: a truth value or a number where the default is one."""
+    for name, value in options.items():
+        if isinstance(value, float) and not is_number(value):
+            raise UserError(f"method={method}: options.{name} must be finite, got {value}")
     for name, default in (catalog.options(method) if method in catalog.names("method") else {}).items():
         words = WORDS.get(f"{method}.{name}")
         if isinstance(default, bool):

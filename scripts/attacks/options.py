@@ -250,6 +250,8 @@ def declared(chance: random.Random) -> list[tuple[str, str, Any, tuple[str, ...]
     whole = yaml.safe_load((catalog.conf_folder() / "config.yaml").read_text(encoding="utf-8"))
     found: list[tuple[str, str, Any, tuple[str, ...]]] = []
     for name, kind in {**OPTIONS, **HYDRA}.items():
+        if name == "plan":
+            continue  # what is followed is seen by the plan
         group, _, key = name.rpartition(".")
         allowed = in_words(kind)
         found.append((name, allowed, (whole.get(group) or {}).get(key) if group else whole.get(key), ()))

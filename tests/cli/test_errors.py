@@ -103,6 +103,8 @@ WORDS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("dataset.augment=flop",), ("dataset.augment", "crop_flip", "got 'flop'")),
     (("+hydra.lcuncher.n_jobs=2",), ("'hydra.lcuncher'", "Did you mean 'hydra.launcher'?")),
     (("method=recu", "options.tau=null"), ("cannot put the configuration together", "options.tau")),
+    (("method=gptq", "options.group=inf"), ("options.group must be finite, got inf",)),
+    (("model.width=1e308",), ("model.width", "at most 1000", "got 1e+308")),
     (("a_bits=true",), ("a_bits must be a number such as 4", "got 'True'")),
     (("dataset.size=null",), ("dataset.size", "a positive whole number", "got None")),
     (("-m", "dataset.noise=1,-1"), ("dataset.noise", "a number from 0", "got -1")),
