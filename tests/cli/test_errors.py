@@ -59,8 +59,6 @@ WORDS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("init=nowhere.pt",), ("init=nowhere.pt", "scratch", "float", "checkpoint")),
     (("bits=2,4",), ("bits=2,4", "several values", "add -m")),
     (("method=pact", "bits"), ("'bits'", "name=value")),
-    (("method=gptq", "options.group=inf", "init=scratch"), ("method=gptq", "cannot convert float infinity")),
-    (("model=resnet20", "model.width=1e308", "init=scratch"), ("model=resnet20", "cannot convert float infinity")),
     (("distill.weight=-1",), ("distill.weight", "at least 0", "got -1")),
     (("distill=5",), ("distill is a group of options", "distill.weight", "got distill=5")),
     (("train=lsq",), ("train is a group of options", "Did you mean method=lsq?")),
