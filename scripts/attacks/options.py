@@ -100,10 +100,13 @@ def judged(wrong: Wrong, found: Said) -> str:
     """
     if failure := broken(found):
         return failure
+    last = wrong.name.rpartition(".")[2]
+    if found.status == 0 and "-m" in wrong.words and re.search(rf"^  n/a: .*\b{re.escape(last)}\b", found.out, re.M):
+        return "refused"  # a width that a method does not have is a row of its own in a sweep
     if found.status == 0:
         return "as asked" if not wrong.sure and followed(wrong, found.out) else "SILENT"
-    last = wrong.name.rpartition(".")[2]
     named = wrong.name in found.err or last in found.err or (wrong.value != "" and wrong.value[:20] in found.err)
+    named = named or (wrong.value == "null" and "got None" in found.err)
     ran = (
         "-m" in wrong.words
         and (not wrong.sure or wrong.name.startswith(("model.", "options.")))
